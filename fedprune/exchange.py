@@ -1,0 +1,158 @@
+"""What passes between server and clients: orders down, reports up, and the five verbs of a fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from fedprune.objective import Objective
+from fedprune.submodel import Submodel
+from fedprune.types import Bytes, ClientId, FloatArray, IntArray, Joules, Rate, Seconds, Tensors, Ticket, Version
+
+PARTS = ("download", "training", "teacher", "upload")
+"""What a client's time and energy go to while it is busy; then it may wait for the others."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Seconds or joules of one client-round by what they went to (`PARTS`)."""
+
+    download: float
+    training: float
+    teacher: float
+    upload: float
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return self.download + self.training + self.teacher + self.upload
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one order cost its client. Unknown joules are None, never 0.
+
+    Attributes:
+        watts_waiting: what the device draws while it waits for the others; None where nobody knows.
+        source: whether the figures were computed from a device model or measured on a device.
+    """
+
+    seconds: Split
+    joules: Split | None
+    bytes_down: Bytes
+    bytes_up: Bytes
+    flops: float
+    parameters: int
+    watts_waiting: float | None = None
+    source: Literal["modelled", "measured"] = "modelled"
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Clients that are connected and not at work.
+
+    Attributes:
+        clients: their numbers, ascending.
+        population: how many clients there are in all.
+        slowness: `[population]`; how many times longer than the fastest device each takes for the full model, as known
+            beforehand. For strategies that presume such knowledge; learners must not look at it.
+    """
+
+    clients: IntArray
+    population: int
+    slowness: FloatArray
+
+
+@dataclass(frozen=True)
+class Order:
+    """Train this submodel of that version, in this way."""
+
+    ticket: Ticket
+    client: ClientId
+    version: Version
+    rate: Rate
+    submodel: Submodel
+    objective: Objective
+    rows: Literal["table", "touched"]
+    model: Tensors
+    """The full model of that version, shared by all its orders; a fleet cuts what it sends (`submodel.extract`)."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Updates:
+    """trained - received of one or several clients whose submodels have equal widths, stacked.
+
+    Attributes:
+        submodels: one per client.
+        rows: item numbers of the touched rows, int64 `[clients, rows]`.
+        present: which of them are real, the others being padding; bool `[clients, rows]`.
+        tensors: touched ones `[clients, rows, ...]`, shared ones `[clients, ...]`, at held widths; zero where not trained.
+    """
+
+    submodels: tuple[Submodel, ...]
+    rows: Tensor
+    present: Tensor
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished order: the update is `position` of a stack that may hold other clients' too.
+
+    Attributes:
+        examples: how many it trained on, negatives included.
+        loss: mean over them, at the received model.
+        finished: when it reached the server.
+        work: share of the ordered examples that it did (below 1 where a time limit stopped it).
+        staleness: merges between the version it trained on and the one it is merged into.
+        waited: from then until the merge, while others were still at work.
+    """
+
+    order: Order
+    updates: Updates
+    position: int
+    examples: int
+    loss: float
+    cost: Cost
+    finished: Seconds
+    work: float = 1.0
+    staleness: int = 0
+    waited: Seconds = 0.0
+
+
+@dataclass(frozen=True)
+class Lost:
+    """An order whose report the server will never use: the device vanished, or finished too late to be wanted."""
+
+    order: Order
+    reason: Literal["dropped out", "too late"]
+    cost: Cost
+    """What it spent all the same, as far as it is known."""
+
+
+class Fleet(Protocol):
+    """Clients at work, seen from the server. Below these five verbs may be a heap, a tensor program, Ray or a network."""
+
+    def now(self) -> Seconds:
+        """Time since the run began."""
+        ...
+
+    def idle(self) -> Roster:
+        """Who is connected and not at work."""
+        ...
+
+    def send(self, orders: Sequence[Order]) -> None:
+        """Start work; each client must be idle."""
+        ...
+
+    def next(self, before: Seconds | None = None) -> Report | Lost | None:
+        """The next event in order of arrival; None if there is none until then (the clock then stands at `before`)."""
+        ...
+
+    def abandon(self, tickets: Iterable[Ticket]) -> list[Lost]:
+        """These are no longer wanted. Nothing is cancelled: the client works on, stays busy, and burns its joules."""
+        ...

@@ -1,0 +1,150 @@
+"""Turning orders into updates on one machine: one client after another, or clients of equal width stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedprune.exchange import Order, Updates
+from fedprune.population import Examples, Population, Private
+from fedprune.random import keys
+from fedprune.recommenders import Recommender
+from fedprune.submodel import Submodel, extract, positions
+from fedprune.training import masks, train
+from fedprune.types import Tensors
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Private rows of a trained stack, to be written back for each of its clients when that client has finished."""
+
+    population: Population
+    users: Tensor
+    real: Tensor
+    columns: dict[str, tuple[Tensor, ...]]
+    trained: Private
+
+    def settle(self, places: list[int]) -> None:
+        """Write back the rows of these clients."""
+        real = self.real
+        if len(places) < len(real):
+            real = torch.zeros_like(real)
+            real[places] = self.real[places]
+        self.population.put(self.users, self.columns, self.trained, real)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A trained order, before it has arrived: the private rows take effect when it does."""
+
+    updates: Updates
+    position: int
+    examples: int
+    loss: float
+    stack: Stack
+
+
+Trainer = Callable[[Recommender, Population, Sequence[Order], Sequence[float]], list[Result]]
+"""Trains orders (with the share of its work that each gets to) and returns results in the same order."""
+
+
+def one_by_one(
+    recommender: Recommender, population: Population, orders: Sequence[Order], work: Sequence[float]
+) -> list[Result]:
+    """The reference: every client on its own."""
+    return [_train_stack(recommender, population, [order], [share])[0] for order, share in zip(orders, work, strict=True)]
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Clients that hold the same units of the same version train together; the arithmetic per client is unchanged.
+
+    Attributes:
+        examples: a stack grows until it has about so many padded examples; the working set should stay in the cache.
+    """
+
+    examples: int = 24_576
+
+    def __call__(
+        self, recommender: Recommender, population: Population, orders: Sequence[Order], work: Sequence[float]
+    ) -> list[Result]:
+        groups: dict[tuple[int, bytes, int], list[int]] = {}
+        for place, order in enumerate(orders):
+            groups.setdefault((id(order.model), order.submodel.held_key, id(order.objective)), []).append(place)
+        results: list[Result | None] = [None] * len(orders)
+        for places in groups.values():
+            size = population.examples_of_client(orders[places[0]].objective)
+            places.sort(key=lambda place: size[orders[place].client])
+            for stack in _stacks(places, [int(size[orders[p].client]) for p in places], self.examples):
+                trained = _train_stack(recommender, population, [orders[p] for p in stack], [work[p] for p in stack])
+                for place, result in zip(stack, trained, strict=True):
+                    results[place] = result
+        return [result for result in results if result is not None]
+
+
+def _stacks(places: list[int], sizes: list[int], limit: int) -> list[list[int]]:
+    """Cut an ascending list of sizes so that members times the largest size stays near the limit."""
+    stacks: list[list[int]] = []
+    for place, size in zip(places, sizes, strict=True):
+        if stacks and (len(stacks[-1]) + 1) * size <= limit:
+            stacks[-1].append(place)
+        else:
+            stacks.append([place])
+    return stacks
+
+
+def _train_stack(
+    recommender: Recommender, population: Population, orders: list[Order], work: list[float]
+) -> list[Result]:
+    layout, first = recommender.layout, orders[0]
+    tickets = [order.ticket for order in orders]
+    share = None if all(w == 1.0 for w in work) else work
+    examples = population.draw([o.client for o in orders], tickets, first.objective, first.seed, share)
+    columns = private_columns(recommender, first.submodel)
+    private = population.take(examples.users, columns)
+    submodels = tuple(order.submodel for order in orders)
+    trained = train(
+        recommender.score,
+        layout,
+        _received(recommender, first, examples),
+        private,
+        examples,
+        first.objective,
+        masks(layout, submodels),
+        keys(first.seed, "shuffle", tickets) if first.objective.batch is not None else None,
+    )
+    updates = Updates(submodels, examples.rows, examples.present, trained.update)
+    stack = Stack(population, examples.users, _real(examples.users), columns, trained.private)
+    counts, losses = examples.count.int().tolist(), trained.loss.tolist()
+    return [
+        Result(updates, place, counts[place], losses[place], stack) for place in range(len(orders))
+    ]
+
+
+def private_columns(recommender: Recommender, submodel: Submodel) -> dict[str, tuple[Tensor, ...]]:
+    """Held columns of every private tensor, per dimension after the first."""
+    layout = recommender.layout
+    return {
+        name: tuple(positions(layout, d, submodel.held) for d in layout.tensors[name][1:])
+        for name in layout.named("private")
+    }
+
+
+def _received(recommender: Recommender, order: Order, examples: Examples) -> Tensors:
+    """The submodel as each client of the stack receives it: its own touched rows, and views of what all share."""
+    layout, clients = recommender.layout, len(examples.rows)
+    cut = extract(order.model, layout, order.submodel)
+    return {
+        name: tensor[examples.rows] if layout.kind(name) == "touched" else tensor.expand(clients, *tensor.shape)
+        for name, tensor in cut.items()
+    }
+
+
+def _real(users: Tensor) -> Tensor:
+    """Which users of `[clients, users]` are no padding, which repeats the first."""
+    real = users != users[:, :1]
+    real[:, 0] = True
+    return real

@@ -1,0 +1,254 @@
+"""A fleet in virtual time: a heap of arrivals, computed from the device table and never from this machine's speed."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fedprune.devices import DeviceTable
+from fedprune.errors import FleetError
+from fedprune.exchange import Cost, Lost, Order, Report, Roster
+from fedprune.fleet.trainer import Result, Stack, Stacked, Trainer, one_by_one
+from fedprune.population import Population
+from fedprune.recommenders import Recommender
+from fedprune.types import ClientId, Seconds, Ticket
+
+PREFETCH = 256
+"""Orders trained together when the first of them is asked for."""
+
+
+@dataclass
+class Job:
+    """An order on its way."""
+
+    order: Order
+    arrives: Seconds
+    cost: Cost
+    work: float
+    vanishes: bool
+    wanted: bool = True
+
+
+class VirtualFleet:
+    """Simulated clients on a virtual clock.
+
+    Orders are trained when their arrival is asked for; a client's private rows change when it has finished, and a client is
+    busy until then, wanted or not. The trainer decides how (`SerialFleet`, `VectorFleet`), never when.
+
+    Args:
+        workload: "own" charges each client for its own examples and rows; "equal" charges everybody for the average
+            client's, so that time differs by device alone (the setting of most papers on stragglers).
+    """
+
+    def __init__(
+        self,
+        recommender: Recommender,
+        population: Population,
+        devices: DeviceTable,
+        *,
+        trainer: Trainer,
+        workload: Literal["own", "equal"] = "own",
+    ) -> None:
+        if devices.clients != population.clients:
+            raise FleetError(f"the device table has {devices.clients} devices for {population.clients} clients")
+        self.recommender = recommender
+        self.population = population
+        self.devices = devices
+        self.workload = workload
+        self._trainer = trainer
+        self._clock: Seconds = 0.0
+        self._heap: list[tuple[Seconds, Ticket]] = []
+        self._jobs: dict[Ticket, Job] = {}
+        self._busy: set[ClientId] = set()
+        self._results: dict[Ticket, Result] = {}
+        self._finished: list[Result] = []
+
+    # ---- the five verbs ----------------------------------------------------------------------------------------------
+
+    def now(self) -> Seconds:
+        """Virtual seconds since the run began."""
+        return self._clock
+
+    def idle(self) -> Roster:
+        """Clients that are online and not at work, abandoned work included."""
+        self._finish_unwanted(self._clock)
+        clients = np.array([c for c in range(self.population.clients) if c not in self._busy], dtype=np.int64)
+        return Roster(self.devices.reachable(clients, self._clock), self.population.clients, self.devices.slowness)
+
+    def send(self, orders: Sequence[Order]) -> None:
+        """Start work now.
+
+        Raises:
+            FleetError: a client is already at work.
+        """
+        for order in orders:
+            if order.client in self._busy:
+                raise FleetError(f"client {order.client} is still at work; order {order.ticket} cannot be sent")
+            self._busy.add(order.client)
+        work, costs = self._charge(orders)
+        vanishing = self.devices.drops_out([o.ticket for o in orders])
+        for order, share, cost, vanishes in zip(orders, work, costs, vanishing, strict=True):
+            duration = cost.seconds.total * (1.0 if vanishes is None else vanishes)
+            job = Job(order, self._clock + duration, cost, share, vanishes is not None)
+            self._jobs[order.ticket] = job
+            heapq.heappush(self._heap, (job.arrives, order.ticket))
+
+    def next(self, before: Seconds | None = None) -> Report | Lost | None:
+        """The next wanted arrival; unwanted work that ends earlier frees its client on the way."""
+        while self._heap:
+            arrives, ticket = self._heap[0]
+            if before is not None and arrives > before:
+                break
+            job = self._jobs[ticket]
+            result = self._train(ticket, before)
+            heapq.heappop(self._heap)
+            del self._jobs[ticket]
+            self._busy.discard(job.order.client)
+            if job.wanted:
+                self._clock = max(self._clock, arrives)
+            if result is None:
+                if job.wanted:
+                    return Lost(job.order, "dropped out", job.cost)
+                continue
+            self._finished.append(result)
+            if job.wanted:
+                return Report(
+                    job.order, result.updates, result.position, result.examples, result.loss, job.cost, arrives, job.work
+                )
+        if before is not None:
+            self._clock = max(self._clock, before)
+        return None
+
+    def abandon(self, tickets: Iterable[Ticket]) -> list[Lost]:
+        """Mark orders as unwanted; their clients work on."""
+        lost = []
+        for ticket in tickets:
+            job = self._jobs[ticket]
+            job.wanted = False
+            lost.append(Lost(job.order, "too late", job.cost))
+        return lost
+
+    # ---- for checkpoints ---------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> tuple[Seconds, list[Job]]:
+        """Clock and orders on their way. Work done ahead is forgotten here too, so that a resumed run repeats it alike."""
+        self.settle()
+        self._results.clear()
+        return self._clock, [self._jobs[ticket] for ticket in sorted(self._jobs)]
+
+    def restore(self, clock: Seconds, jobs: Iterable[Job]) -> None:
+        """Continue from a snapshot."""
+        self._clock = clock
+        for job in jobs:
+            self._jobs[job.order.ticket] = job
+            self._busy.add(job.order.client)
+            heapq.heappush(self._heap, (job.arrives, job.order.ticket))
+
+    def settle(self) -> None:
+        """Write back the private rows of all who have finished; to be called before reading the population's."""
+        stacks: dict[int, tuple[Stack, list[int]]] = {}
+        for result in self._finished:
+            stacks.setdefault(id(result.stack), (result.stack, []))[1].append(result.position)
+        self._finished.clear()
+        for stack, places in stacks.values():
+            stack.settle(sorted(places))
+
+    def advance(self, seconds: Seconds) -> None:
+        """Let time pass before the first round (a warm start that everybody takes part in)."""
+        self._clock += seconds
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _finish_unwanted(self, until: Seconds) -> None:
+        """Free clients whose unwanted work has ended by now; their private rows did change."""
+        while self._heap and self._heap[0][0] <= until and not self._jobs[self._heap[0][1]].wanted:
+            _, ticket = self._heap[0]
+            result = self._train(ticket, until)
+            heapq.heappop(self._heap)
+            self._busy.discard(self._jobs.pop(ticket).order.client)
+            if result is not None:
+                self._finished.append(result)
+
+    def _train(self, ticket: Ticket, before: Seconds | None) -> Result | None:
+        """This order's result; None if its client vanishes. Trains others that arrive soon in the same go."""
+        if self._jobs[ticket].vanishes:
+            return None
+        if ticket not in self._results:
+            due = heapq.nsmallest(PREFETCH, (
+                (arrives, t)
+                for arrives, t in self._heap
+                if t not in self._results and not self._jobs[t].vanishes and (before is None or arrives <= before)
+            ))  # fmt: skip
+            jobs = [self._jobs[t] for _, t in due]
+            self.settle()
+            results = self._trainer(self.recommender, self.population, [j.order for j in jobs], [j.work for j in jobs])
+            self._results.update(zip((t for _, t in due), results, strict=True))
+        return self._results.pop(ticket)
+
+    def _charge(self, orders: Sequence[Order]) -> tuple[list[float], list[Cost]]:
+        """Share of its work that each client gets to, and what that costs it."""
+        if not orders:
+            return [], []
+        clients = np.array([order.client for order in orders])
+        tickets = [order.ticket for order in orders]
+        layout, population = self.recommender.layout, self.population
+        objective = orders[0].objective
+        examples = population.examples_of_client(objective).astype(float)
+        rows = population.rows_of_client(objective).astype(float)
+        if self.workload == "equal":
+            examples, rows = np.full_like(examples, examples.mean()), np.full_like(rows, rows.mean())
+        per_example, down, up, parameters = (np.empty(len(orders)) for _ in range(4))
+        known: dict[tuple[bytes, int], tuple[float, int, int, int]] = {}
+        for i, order in enumerate(orders):
+            submodel = order.submodel
+            count = round(rows[order.client]) if order.rows == "touched" else population.items
+            if (submodel.key, count) not in known:
+                work = layout.work(submodel.widths, submodel.trained_widths)
+                alone = objective.private_steps * (work.forward + work.backward_inputs)
+                known[submodel.key, count] = (
+                    objective.epochs * (work.total + alone),
+                    layout.bytes(submodel.widths, count),
+                    layout.bytes(submodel.trained_widths, count),
+                    layout.parameters(submodel.widths, count),
+                )
+            per_example[i], down[i], up[i], parameters[i] = known[submodel.key, count]
+        flops = per_example * examples[clients]
+        sizes = [int(p) for p in parameters]
+        costs = self.devices.costs(clients, tickets, flops, down, up, sizes)
+        until = objective.until
+        if until is None:
+            return [1.0] * len(orders), costs
+        share = np.array(
+            [
+                np.clip((until - c.seconds.download - c.seconds.upload) / max(c.seconds.training, 1e-12), 0.05, 1.0)
+                for c in costs
+            ]
+        )
+        return share.tolist(), self.devices.costs(clients, tickets, flops * share, down, up, sizes)
+
+
+def SerialFleet(  # noqa: N802 - reads as the kind of fleet it makes
+    recommender: Recommender,
+    population: Population,
+    devices: DeviceTable,
+    *,
+    workload: Literal["own", "equal"] = "own",
+) -> VirtualFleet:
+    """One client after another: the reference that every other fleet is compared with."""
+    return VirtualFleet(recommender, population, devices, trainer=one_by_one, workload=workload)
+
+
+def VectorFleet(  # noqa: N802
+    recommender: Recommender,
+    population: Population,
+    devices: DeviceTable,
+    *,
+    workload: Literal["own", "equal"] = "own",
+    stack: int = Stacked().examples,
+) -> VirtualFleet:
+    """Clients of equal width stacked and trained together: the fast one, and the default."""
+    return VirtualFleet(recommender, population, devices, trainer=Stacked(stack), workload=workload)

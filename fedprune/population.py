@@ -1,0 +1,242 @@
+"""Everybody's data and private rows, in a few tensors for the whole population instead of an object per client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedprune.axes import Layout
+from fedprune.data import Interactions
+from fedprune.objective import Objective
+from fedprune.random import keys, permuted
+from fedprune.types import ClientId, IntArray, Tensors
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a stack of clients trains on in one order.
+
+    A client with one user (`item_at` None) has one example per touched row; a silo's examples say which of its touched rows
+    and which of its users they belong to.
+
+    Attributes:
+        users: population rows, int64 `[clients, users]`; padding repeats the first.
+        rows, present: touched items and which of them are real, `[clients, rows]`.
+        label: 1.0 for positives, `[clients, batch]`.
+        weight: 1.0, or 0.0 for padding, `[clients, batch]`.
+        age: number of the user's later positives (positives only), `[clients, batch]`.
+        item_at, user_at: positions in `rows` and `users`, int64 `[clients, batch]`; None for one user per client.
+    """
+
+    users: Tensor
+    rows: Tensor
+    present: Tensor
+    label: Tensor
+    weight: Tensor
+    age: Tensor
+    item_at: Tensor | None = None
+    user_at: Tensor | None = None
+
+    @cached_property
+    def count(self) -> Tensor:
+        """Examples per client, float32 `[clients]`."""
+        return self.weight.sum(1)
+
+
+@dataclass(frozen=True)
+class Private:
+    """Private rows with their optimiser's moments; `steps` counts the optimiser's steps per user."""
+
+    values: Tensors
+    first: Tensors
+    second: Tensors
+    steps: Tensor
+
+
+class Population:
+    """All clients' interactions (compressed rows: user after user) and private tensors `[users, ...]`.
+
+    Args:
+        train: what clients may train on.
+        client_of_user: int64 `[users]`; clients are numbered 0..clients-1 and none is empty.
+        layout: says which tensors are private.
+        private: their initial values.
+    """
+
+    def __init__(self, train: Interactions, client_of_user: IntArray, layout: Layout, private: Tensors) -> None:
+        self.items = train.items
+        self.client_of_user = client_of_user
+        self._examples: dict[int, IntArray] = {}
+        self.starts = train.starts
+        self.positives = torch.from_numpy(train.item)
+        self.users_of = [np.flatnonzero(client_of_user == c) for c in range(int(client_of_user.max()) + 1)]
+        self.one_user_each = all(len(users) == 1 for users in self.users_of)
+        self.layout = layout
+        self.private = Private(
+            {name: tensor.clone() for name, tensor in private.items()},
+            {name: torch.zeros_like(tensor) for name, tensor in private.items()},
+            {name: torch.zeros_like(tensor) for name, tensor in private.items()},
+            torch.zeros(train.users),
+        )
+
+    @property
+    def clients(self) -> int:
+        """How many."""
+        return len(self.users_of)
+
+    @cached_property
+    def positives_of_client(self) -> IntArray:
+        """Training interactions per client."""
+        return self._per_client(np.diff(self.starts))
+
+    def examples_of_client(self, objective: Objective) -> IntArray:
+        """Examples per client and epoch: positives, and negatives as far as the catalogue has unseen items."""
+        if objective.negatives not in self._examples:
+            counts = np.diff(self.starts)
+            per_user = counts + np.minimum(objective.negatives * counts, self.items - counts)
+            self._examples[objective.negatives] = self._per_client(per_user)
+        return self._examples[objective.negatives]
+
+    def rows_of_client(self, objective: Objective) -> IntArray:
+        """Upper bound of the touched rows per client (reached with one user per client)."""
+        return np.minimum(self.examples_of_client(objective), self.items)
+
+    def _per_client(self, per_user: IntArray) -> IntArray:
+        return np.bincount(self.client_of_user, weights=per_user, minlength=self.clients).astype(np.int64)
+
+    # ---- drawing examples --------------------------------------------------------------------------------------------
+
+    def draw(
+        self,
+        clients: Sequence[ClientId],
+        tickets: Sequence[int],
+        objective: Objective,
+        seed: int,
+        work: Sequence[float] | None = None,
+    ) -> Examples:
+        """Positives and fresh negatives of a stack of clients.
+
+        Negatives are drawn from everything not in the user's training data, held-out items included: leaving those out
+        would tell the model which they are. Chance depends on (seed, ticket, user) alone, not on who is stacked together.
+
+        Args:
+            work: share of its positives that each client gets to; all of them if None.
+        """
+        groups = [self.users_of[c] for c in clients]
+        users = np.concatenate(groups)
+        key = keys(seed, "negatives", np.repeat(np.asarray(tickets), [len(g) for g in groups])) ^ keys(seed, "user", users)
+        share = None if work is None else np.repeat(np.asarray(work, float), [len(g) for g in groups])
+        flat = self._draw_users(users, key, objective.negatives, share)
+        if self.one_user_each:
+            items, label, present, age = flat
+            return Examples(torch.from_numpy(users)[:, None], items, present, label, present.float(), age)
+        return _by_silo(groups, *flat)
+
+    def _draw_users(
+        self, users: IntArray, key: np.ndarray, negatives: int, share: np.ndarray | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Items, labels, presence and ages `[users, batch]`: a user's positives, then its negatives, then padding."""
+        counts = self.starts[users + 1] - self.starts[users]
+        wanted = np.minimum(negatives * counts, self.items - counts)
+        widest = int(counts.max())
+        column = torch.arange(widest)
+        count = torch.from_numpy(counts)[:, None]
+        real = column < count
+        place = torch.from_numpy(self.starts[users])[:, None] + column
+        seen = self.positives[torch.where(real, place, 0)]
+        age = torch.where(real, count - 1 - column, 0).float()
+
+        # At most `counts` of a permutation's values are positives, so this many values always hold enough negatives.
+        candidate = permuted(key, int((counts + wanted).max()), self.items)
+        taken = torch.zeros(len(users), self.items + 1, dtype=torch.bool)
+        taken.scatter_(1, torch.where(real, seen, self.items), True)
+        free = ~taken.gather(1, candidate)
+        goal = torch.from_numpy(wanted)[:, None]
+        rank = free.cumsum(1)
+        size = int(wanted.max())
+        chosen = torch.zeros(len(users), size + 1, dtype=torch.long)
+        chosen.scatter_(1, torch.where(free & (rank <= goal), rank - 1, size), candidate)
+        unseen = chosen[:, :size]
+        drawn = torch.arange(size) < goal
+
+        if share is not None:
+            kept = torch.from_numpy(np.ceil(share * counts))[:, None]
+            order = permuted(key ^ np.uint64(0x5BF03635), widest, widest)  # which positives come first
+            real = real & (_rank_within(order, real) < kept)
+            drawn = drawn & (torch.arange(size) < torch.from_numpy(np.ceil(share * wanted))[:, None])
+        label = torch.cat([real.float(), torch.zeros(len(users), size)], 1)
+        present = torch.cat([real, drawn], 1)
+        # Padding names item 0 with weight 0; clearing it keeps memory access local.
+        items = torch.where(present, torch.cat([seen, unseen], 1), 0)
+        return items, label, present, torch.cat([age, torch.zeros(len(users), size)], 1)
+
+    # ---- private rows ------------------------------------------------------------------------------------------------
+
+    def take(self, users: Tensor, columns: dict[str, tuple[Tensor, ...]]) -> Private:
+        """Private rows of a stack `[clients, users, ...]`, cut to the held columns of each tensor."""
+        cut = [
+            {name: _columns(tensor[users], columns[name]) for name, tensor in part.items()}
+            for part in (self.private.values, self.private.first, self.private.second)
+        ]
+        return Private(*cut, self.private.steps[users])
+
+    def put(self, users: Tensor, columns: dict[str, tuple[Tensor, ...]], trained: Private, real: Tensor) -> None:
+        """Write trained rows back; `real` `[clients, users]` leaves padding out."""
+        target = users[real]
+        pairs = (
+            (self.private.values, trained.values),
+            (self.private.first, trained.first),
+            (self.private.second, trained.second),
+        )
+        for into, part in pairs:
+            for name, tensor in part.items():
+                rows = tensor[real]
+                if all(len(c) == into[name].shape[1 + d] for d, c in enumerate(columns[name])):
+                    into[name][target] = rows
+                else:
+                    mesh = torch.meshgrid(target, *columns[name], indexing="ij")
+                    into[name][mesh] = rows
+        self.private.steps[target] = trained.steps[real]
+
+
+def _columns(rows: Tensor, columns: tuple[Tensor, ...]) -> Tensor:
+    for dimension, kept in enumerate(columns):
+        if len(kept) < rows.shape[2 + dimension]:
+            rows = rows.index_select(2 + dimension, kept)
+    return rows
+
+
+def _rank_within(order: Tensor, real: Tensor) -> Tensor:
+    """Rank of each column among the real ones of its row, by `order`."""
+    ranked = torch.where(real, order, order.shape[1])
+    return ranked.argsort(1).argsort(1)
+
+
+def _by_silo(groups: list[IntArray], items: Tensor, label: Tensor, present: Tensor, age: Tensor) -> Examples:
+    """Regroup `[users, batch]` into `[silos, users * batch]`, with the touched items of each silo listed once."""
+    most, size = max(len(g) for g in groups), items.shape[1]
+    starts = np.cumsum([0, *(len(g) for g in groups)])
+
+    def laid(source: Tensor) -> Tensor:
+        """`[users, batch]` -> `[silos, most * batch]`, zero where a silo has fewer users."""
+        result = source.new_zeros(len(groups), most * size)
+        for silo, group in enumerate(groups):
+            result[silo, : len(group) * size] = source[starts[silo] : starts[silo + 1]].flatten()
+        return result
+
+    real, item = laid(present), laid(items)
+    touched, item_at = [], torch.zeros_like(item)
+    for silo in range(len(groups)):
+        rows, inverse = torch.unique(item[silo, real[silo]], return_inverse=True)
+        touched.append(rows)
+        item_at[silo, real[silo]] = inverse
+    rows = torch.nn.utils.rnn.pad_sequence(touched, batch_first=True)
+    listed = torch.arange(rows.shape[1]) < torch.tensor([len(t) for t in touched])[:, None]
+    users = torch.from_numpy(np.stack([np.append(g, np.full(most - len(g), g[0])) for g in groups]))
+    user_at = (torch.arange(most * size) // size).expand(len(groups), -1)
+    return Examples(users, rows, listed, laid(label), real.float(), laid(age), item_at, user_at)

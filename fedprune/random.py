@@ -1,0 +1,97 @@
+"""Chance as an argument: every stream follows from (seed, purpose, number), never from grouping or order of execution."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def stream(seed: int, *purpose: str | int) -> np.random.Generator:
+    """Generator for one purpose of one run; the same arguments give the same numbers on every machine.
+
+    >>> stream(3, "choose", 7).integers(1000) == stream(3, "choose", 7).integers(1000)
+    np.True_
+    """
+    digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+
+
+def keys(seed: int, purpose: str, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+    """One 64-bit key per number (a ticket, a user), computed for all of them at once.
+
+    Returns:
+        uint64 `[len(numbers)]`. SplitMix64 (Steele, Lea & Flood 2014) of the number, offset by a hash of (seed, purpose).
+    """
+    offset = int.from_bytes(hashlib.blake2b(repr((seed, purpose)).encode(), digest_size=8).digest(), "little")
+    with np.errstate(over="ignore"):
+        z = np.asarray(numbers).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(offset)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def uniform(seed: int, purpose: str, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+    """One number in [0, 1) per number; float64 `[len(numbers)]`."""
+    return (keys(seed, purpose, numbers) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+
+
+ROUNDS = 3
+"""Of the Feistel network; three suffice to look random to whoever sees only its values (Luby & Rackoff 1988)."""
+
+
+def permuted(key: np.ndarray, draws: int, size: int) -> Tensor:
+    """First `draws` values of a pseudo-random permutation of range(size), one permutation per key.
+
+    Drawing without replacement in time proportional to the draws, whatever the catalogue's size, and for a whole stack
+    of clients in one go: a Feistel network over Z_a x Z_b with a*b >= size, walked along its cycle until the value is
+    in range (Black & Rogaway 2002, section 4).
+
+    Args:
+        key: uint64 `[clients]` from `keys`.
+        draws: how many values, at most `size`.
+        size: at most 2**30.
+
+    Returns:
+        int64 `[clients, draws]`, distinct within a row.
+    """
+    if not 0 <= draws <= size < 1 << 30:
+        raise ValueError(f"cannot draw {draws} of {size} values without replacement")
+    side = max(1, math.isqrt(max(size - 1, 0)) + 1)
+    other = max(1, -(-size // side))
+    words = [_round_keys(key, number) for number in range(ROUNDS)]
+    value = torch.arange(draws, dtype=torch.int32).expand(len(key), draws)
+    value = _feistel(value, words, side, other)
+    while (outside := value >= size).any():  # a*b exceeds size by less than one row: a few walk on
+        row, _ = outside.nonzero(as_tuple=True)
+        value[outside] = _feistel(value[outside][:, None], [word[row] for word in words], side, other)[:, 0]
+    return value.long()
+
+
+def _round_keys(key: np.ndarray, number: int) -> Tensor:
+    with np.errstate(over="ignore"):
+        word = key * np.uint64(0xD6E8FEB86659FD93) + np.uint64(0xA0761D6478BD642F) * np.uint64(number + 1)
+    return torch.from_numpy((word >> np.uint64(32)).astype(np.uint32).view(np.int32).copy())[:, None]
+
+
+def _feistel(value: Tensor, words: list[Tensor], side: int, other: int) -> Tensor:
+    left = value // other
+    right = value - left * other
+    for number, word in enumerate(words):
+        if number % 2 == 0:
+            left = _add(left, right, word, side)
+        else:
+            right = _add(right, left, word, other)
+    return left * other + right
+
+
+def _add(value: Tensor, by: Tensor, word: Tensor, modulus: int) -> Tensor:
+    mixed = (by * -1640531535).add_(word)  # int32 throughout: mixing relies on its wrap-around
+    mixed.bitwise_xor_(mixed >> 15).mul_(-2048144777)
+    mixed.bitwise_right_shift_(16).bitwise_and_(0x7FFF).mul_(modulus).bitwise_right_shift_(15)
+    mixed.add_(value)
+    return mixed.sub_((mixed >= modulus).int(), alpha=modulus)

@@ -1,0 +1,50 @@
+"""A recommender: a declared layout and a score, written once for stacked clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedprune.axes import Layout
+from fedprune.random import stream
+from fedprune.types import Tensors
+
+
+@dataclass(frozen=True)
+class Recommender:
+    """Everything fedprune needs to know of a model.
+
+    Attributes:
+        name: for tables.
+        layout: which axes each tensor has; tensors whose first axis is private never leave their client.
+        score: tensors -> scores (logits) `[clients, batch]`. Every tensor comes stacked and at whatever width the client
+            holds: shared ones `[clients, ...]`, touched ones gathered per example `[clients, batch, ...]`, private ones
+            `[clients, batch or 1, ...]`.
+        scale: standard deviation of the initial embeddings.
+    """
+
+    name: str
+    layout: Layout
+    score: Callable[[Tensors], Tensor]
+    scale: float = 0.05
+
+    def initial(self, seed: int) -> Tensors:
+        """Shared and touched tensors before training: normal embeddings, Kaiming-uniform matrices, zero vectors."""
+        return {name: self._draw(name, seed) for name in self.layout.named("shared", "touched")}
+
+    def initial_private(self, seed: int) -> Tensors:
+        """Private tensors of the whole population, `[users, ...]`, drawn like embeddings."""
+        return {name: self._draw(name, seed) for name in self.layout.named("private")}
+
+    def _draw(self, name: str, seed: int) -> Tensor:
+        shape = self.layout.shape(name)
+        rng = stream(seed, "initial", name)
+        if len(shape) == 1:
+            return torch.zeros(shape)
+        if self.layout.kind(name) == "shared":
+            bound = (6.0 / shape[-1]) ** 0.5
+            return torch.from_numpy(rng.uniform(-bound, bound, shape)).float()
+        return torch.from_numpy(rng.normal(0.0, self.scale, shape)).float()

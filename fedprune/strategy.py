@@ -1,0 +1,121 @@
+"""A federated algorithm is seven answers; `one_round` asks them. Read this file first.
+
+A round under stragglers: choose clients, decide how much of the model each of them gets, cut that much out of it, send it,
+wait as long as it makes sense, merge what came back, and learn from it. Every published strategy answers the same seven
+questions differently, so a strategy is a frozen value, and the catalog is a list of such values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fedprune.axes import Layout
+from fedprune.codec import Codec
+from fedprune.exchange import Fleet, Lost, Order, Report
+from fedprune.gather import Gather
+from fedprune.merge import Merge
+from fedprune.objective import Objective
+from fedprune.pruning import Leading, Pruning
+from fedprune.random import stream
+from fedprune.rates import Fixed, RateLearner
+from fedprune.selection import Memory, Selector, Uniform
+from fedprune.types import Seconds, Tensors, Ticket, Version
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """The seven answers. The defaults are FedAvg: everybody, everything, and wait."""
+
+    name: str = "fedavg"
+    selector: Selector = field(default_factory=Uniform)  #      who trains next?
+    rates: RateLearner = field(default_factory=Fixed)  #        how much of the model does each get?
+    pruning: Pruning = field(default_factory=Leading)  #        which units make up that much?
+    objective: Objective = field(default_factory=Objective)  #  what does a client minimise?
+    codec: Codec = field(default_factory=Codec)  #              how does an update travel?
+    gather: Gather = field(default_factory=Gather)  #           when does the server stop waiting?
+    merge: Merge = field(default_factory=Merge)  #              how do reports become the next model?
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything the server knows between two rounds: the model, and what each part of the strategy remembers."""
+
+    model: Tensors
+    layout: Layout
+    seed: int
+    version: Version = 0
+    ticket: Ticket = 0
+    optimiser: Tensors = field(default_factory=dict)
+    selection: Memory = field(default_factory=dict)
+    rates: Memory = field(default_factory=dict)
+    pruning: Memory = field(default_factory=dict)
+
+    def chance(self, purpose: str) -> np.random.Generator:
+        """Random numbers of this version, for one purpose."""
+        return stream(self.seed, purpose, self.version)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What happened between two versions.
+
+    Attributes:
+        version: of the model that it began with.
+        began, ended: on the fleet's clock.
+        reports: those merged, with their waiting time charged.
+        lost: orders that came to nothing, with what they cost.
+    """
+
+    version: Version
+    began: Seconds
+    ended: Seconds
+    orders: tuple[Order, ...]
+    reports: tuple[Report, ...]
+    lost: tuple[Lost, ...]
+
+
+def one_round(strategy: Strategy, state: ServerState, fleet: Fleet) -> tuple[ServerState, Round]:
+    """Choose, size, cut, send, wait, merge, learn: every strategy in the catalog is this function."""
+    began, roster, layout = fleet.now(), fleet.idle(), state.layout
+    pruning = strategy.pruning.prepare(state.pruning, state.model, layout)
+
+    clients = strategy.selector.choose(state.selection, roster, state.chance("choose")).tolist()
+    rates = strategy.rates.propose(state.rates, np.array(clients, int), roster, layout.smallest_rate).tolist()
+    orders = [
+        Order(
+            ticket=state.ticket + number,
+            client=client,
+            version=state.version,
+            rate=rate,
+            submodel=strategy.pruning.carve(pruning, layout, client, state.version, rate),
+            objective=strategy.objective,
+            rows=strategy.codec.rows,
+            model=state.model,
+            seed=state.seed,
+        )
+        for number, (client, rate) in enumerate(zip(clients, rates, strict=True))
+    ]
+
+    fleet.send(orders)
+    arrived, lost = strategy.gather(fleet, orders)
+    reports = [arrival(report, state.version, fleet.now()) for report in arrived]
+
+    model, optimiser = strategy.merge(state.model, state.optimiser, layout, reports)
+    after = replace(
+        state,
+        model=model,
+        version=state.version + 1,
+        ticket=state.ticket + len(orders),
+        optimiser=optimiser,
+        selection=strategy.selector.learn(state.selection, reports, lost),
+        rates=strategy.rates.learn(state.rates, reports, lost, roster.population),
+        pruning=pruning,
+    )
+    return after, Round(state.version, began, fleet.now(), tuple(orders), tuple(reports), tuple(lost))
+
+
+def arrival(report: Report, version: Version, merged: Seconds) -> Report:
+    """A report with what only the merge knows: how stale it is, and how long its client has waited for the others."""
+    return replace(report, staleness=version - report.order.version, waited=max(0.0, merged - report.finished))
