@@ -36,6 +36,7 @@ def train(
     objective: Objective,
     trained: Tensors | None = None,
     key: np.ndarray | None = None,
+    frozen: bool = False,
 ) -> Trained:
     """Minimise the objective on a stack of clients.
 
@@ -44,8 +45,12 @@ def train(
         private: rows `[clients, users, ...]`.
         trained: per tensor a mask of its trained entries, broadcastable to it; None trains all that is held.
         key: uint64 `[clients]`, shuffles the examples where `objective.batch` is set.
+        frozen: train the private rows alone, one step on all examples.
     """
     torch.set_flush_denormal(True)  # masked training meets denormals, which slow a CPU down many times over
+    if frozen:
+        loss, _, of_private = _gradients(score, layout, received, private, examples, examples, objective, shared=False)
+        return Trained({}, _adam(private, of_private, examples, examples, objective), loss / examples.count)
     update: Tensors = {}
     first_loss = torch.zeros(0)
     for epoch in range(objective.epochs):

@@ -48,3 +48,12 @@ class Recommender:
             bound = (6.0 / shape[-1]) ** 0.5
             return torch.from_numpy(rng.uniform(-bound, bound, shape)).float()
         return torch.from_numpy(rng.normal(0.0, self.scale, shape)).float()
+
+
+def dot(user: Tensor, item: Tensor) -> Tensor:
+    """Inner products of `[clients, batch or 1, latent]` and `[clients or 1, batch, latent]`; `[clients, batch]`."""
+    if user.shape[1] > 1 or item.shape[1] == 1:
+        return (user * item).sum(-1)
+    if item.shape[0] == 1:  # one catalogue for many users
+        return user[:, 0] @ item[0].T
+    return (item @ user.transpose(1, 2)).squeeze(-1)

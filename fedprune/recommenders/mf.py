@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fedprune.axes import Axis, Layout
-from fedprune.recommenders.base import Recommender
+from fedprune.recommenders.base import Recommender, dot
 from fedprune.types import Tensors
 
 
@@ -24,4 +24,4 @@ def mf(*, users: int, items: int, latent: int = 32, scale: float = 0.05) -> Reco
 
 
 def _score(tensors: Tensors) -> Tensor:
-    return (tensors["user_embedding"] * tensors["item_embedding"]).sum(-1) + tensors["item_bias"]
+    return dot(tensors["user_embedding"], tensors["item_embedding"]) + tensors["item_bias"]

@@ -1,0 +1,88 @@
+"""What each user would be shown: the scorer that evaluation ranks with, at the whole model or at each device's own submodel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedprune.objective import Objective
+from fedprune.population import Population
+from fedprune.ranking import Scorer
+from fedprune.recommenders import Recommender
+from fedprune.submodel import Submodel, extract, positions
+from fedprune.training import train
+from fedprune.types import IntArray, Tensors
+
+
+def scorer(
+    recommender: Recommender, model: Tensors, private: Tensors, submodels: Sequence[Submodel] | None = None
+) -> Scorer:
+    """Scores of the whole catalogue for a chunk of users.
+
+    Args:
+        model: the full model.
+        private: rows of the whole population.
+        submodels: what each *user's* device holds; None scores everybody with the full model.
+    """
+    layout = recommender.layout
+    full = Submodel.full(layout)
+
+    def score(users: IntArray) -> Tensor:
+        held = [full] * len(users) if submodels is None else [submodels[u] for u in users]
+        result = torch.empty(len(users), next(model[n].shape[0] for n in layout.named("touched")))
+        groups: dict[bytes, list[int]] = {}
+        for place, submodel in enumerate(held):
+            groups.setdefault(submodel.held_key, []).append(place)
+        for places in groups.values():
+            submodel = held[places[0]]
+            tensors = {name: t[None] for name, t in extract(model, layout, submodel).items()}
+            for name, rows in private.items():
+                own = rows[torch.from_numpy(users[places])]
+                for axis, dimension in enumerate(layout.tensors[name][1:], start=1):
+                    own = own.index_select(axis, positions(layout, dimension, submodel.held))
+                tensors[name] = own[:, None]
+            with torch.no_grad():
+                result[places] = recommender.score(tensors)
+        return result
+
+    return score
+
+
+def listen(
+    recommender: Recommender, population: Population, model: Tensors, clients: Sequence[int], objective: Objective, *,
+    steps: int, seed: int, version: int,
+) -> None:
+    """Clients that never get an order fit their private rows to the served model on their own: else they could be shown nothing.
+
+    `steps` Adam steps with the rest of the model frozen and fresh negatives, continuing from where they were. They upload
+    nothing, nobody waits for them, and their time is not in the ledger: it is part of serving.
+    """  # fmt: skip
+    full = Submodel.full(recommender.layout)
+    columns = {
+        name: tuple(positions(recommender.layout, d, full.held) for d in recommender.layout.tensors[name][1:])
+        for name in recommender.layout.named("private")
+    }
+    for start in range(0, len(clients), 64):
+        part = clients[start : start + 64]
+        tickets = [(version + 1) * population.clients + c for c in part]
+        examples = population.draw(part, tickets, objective, seed ^ 0x5EED)
+        received = {
+            n: t[examples.rows] if recommender.layout.kind(n) == "touched" else t.expand(len(part), *t.shape)
+            for n, t in model.items()
+        }
+        private = population.take(examples.users, columns)
+        for _ in range(steps):
+            private = train(
+                recommender.score, recommender.layout, received, private, examples, objective, frozen=True
+            ).private
+        real = examples.users != examples.users[:, :1]
+        real[:, 0] = True
+        population.put(examples.users, columns, private, real)
+
+
+def own_submodels(client_of_user: IntArray, submodels: Sequence[Submodel]) -> list[Submodel]:
+    """Each user's device's submodel, from each client's."""
+    return [submodels[client] for client in np.asarray(client_of_user)]
