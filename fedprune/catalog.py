@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from fedprune.errors import ConfigError, unknown
 from fedprune.gather import Gather
@@ -137,8 +137,10 @@ def build(name: str, **settings: Any) -> Strategy:
     return CATALOG[name](**settings)
 
 
-def trained_with(strategy: Strategy, objective: Objective, merge: Merge) -> Strategy:
-    """The same strategy with an experiment's objective and server optimiser, keeping what the strategy itself decides.
+def trained_with(
+    strategy: Strategy, objective: Objective, merge: Merge, *, rows: Literal["table", "touched"] = "table"
+) -> Strategy:
+    """The same strategy with an experiment's objective, server optimiser and wire, keeping what the strategy itself decides.
 
     What a row of the catalog sets differently from the defaults (a proximal term, merge weights) stays.
     """
@@ -151,5 +153,6 @@ def trained_with(strategy: Strategy, objective: Objective, merge: Merge) -> Stra
     return replace(
         strategy,
         objective=replace(objective, **decided),
+        codec=replace(strategy.codec, rows=rows),
         merge=replace(merge, over=strategy.merge.over, weights=strategy.merge.weights),
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedprune.axes import Layout
 from fedprune.data import Interactions
 from fedprune.objective import Objective
-from fedprune.random import keys, permuted
+from fedprune.random import PRIORITIES, keys, permuted, priorities
 from fedprune.types import ClientId, IntArray, Tensors
 
 
@@ -166,7 +166,7 @@ class Population:
 
         if share is not None:
             kept = torch.from_numpy(np.ceil(share * counts))[:, None]
-            order = permuted(key ^ np.uint64(0x5BF03635), widest, widest)  # which positives come first
+            order = priorities(key ^ np.uint64(0x5BF03635), widest)  # which positives come first
             real = real & (_rank_within(order, real) < kept)
             drawn = drawn & (torch.arange(size) < torch.from_numpy(np.ceil(share * wanted))[:, None])
         label = torch.cat([real.float(), torch.zeros(len(users), size)], 1)
@@ -213,7 +213,7 @@ def _columns(rows: Tensor, columns: tuple[Tensor, ...]) -> Tensor:
 
 def _rank_within(order: Tensor, real: Tensor) -> Tensor:
     """Rank of each column among the real ones of its row, by `order`."""
-    ranked = torch.where(real, order, order.shape[1])
+    ranked = torch.where(real, order, PRIORITIES)
     return ranked.argsort(1).argsort(1)
 
 

@@ -72,6 +72,22 @@ def permuted(key: np.ndarray, draws: int, size: int) -> Tensor:
     return value.long()
 
 
+PRIORITIES = 1 << 24
+"""More than a client has examples."""
+
+
+def priorities(key: np.ndarray, draws: int) -> Tensor:
+    """Values to shuffle by: distinct within a row, and the first n are the same however many are drawn.
+
+    `permuted(key, n, n)` shuffles too, but differently for every n, so a client padded to its stack's width would be shuffled
+    otherwise than alone.
+
+    Returns:
+        int64 `[clients, draws]`, below `PRIORITIES`.
+    """
+    return permuted(key, draws, PRIORITIES)
+
+
 def _round_keys(key: np.ndarray, number: int) -> Tensor:
     with np.errstate(over="ignore"):
         word = key * np.uint64(0xD6E8FEB86659FD93) + np.uint64(0xA0761D6478BD642F) * np.uint64(number + 1)

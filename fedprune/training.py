@@ -13,7 +13,7 @@ from torch import Tensor
 from fedprune.axes import Layout
 from fedprune.objective import Objective
 from fedprune.population import Examples, Private
-from fedprune.random import permuted
+from fedprune.random import PRIORITIES, priorities
 from fedprune.submodel import Submodel, positions
 from fedprune.types import Tensors
 
@@ -101,9 +101,11 @@ def _batches(examples: Examples, size: int | None, key: np.ndarray | None, epoch
         return [examples]
     if key is None:
         raise ValueError("minibatches need a key per client to shuffle by")
-    order = permuted(key + np.uint64(epoch), total, total)
-    present = examples.weight.bool().gather(1, order)
-    order = order.gather(1, (~present).int().argsort(1, stable=True))  # padding last
+    # By a client's own numbering of its examples: columns depend on who else is in the stack.
+    present = examples.weight.bool()
+    number = (present.cumsum(1) - 1).clamp(min=0)
+    priority = priorities(key + np.uint64(epoch), total).gather(1, number)
+    order = torch.where(present, priority, PRIORITIES).argsort(dim=1, stable=True)  # padding last
     steps = -(-int(examples.count.max()) // size)
     rows = torch.arange(examples.rows.shape[1]).expand_as(examples.rows) if examples.item_at is None else None
     parts = []

@@ -1,0 +1,137 @@
+"""The command line: run, compare, report, list."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedprune import comparison, recommenders
+from fedprune.catalog import CATALOG
+from fedprune.config import read
+from fedprune.data import datasets
+from fedprune.devices import CLASSES, DEVICES
+from fedprune.errors import ConfigError, FedpruneError, unknown
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Config = Annotated[Path, typer.Argument(help="a TOML file of settings; see configs/")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="where run folders, table and figure go")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output and nothing else")]
+
+
+@app.command()
+def run(config: Config, set_: Changes = None, out: Out = Path("runs"), as_json: AsJson = False) -> None:
+    """Run one strategy; run it again to go on where it stopped."""
+    with _refusals(as_json):
+        settings = read(config, set_ or [])
+        summary = comparison.compare([settings], out, quiet=as_json, with_baselines=False).runs[0]
+        _say(summary, as_json)
+
+
+@app.command()
+def compare(
+    config: Config,
+    strategies: Annotated[str, typer.Option(help="comma-separated; default: those of the settings file")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="seeds per strategy, counted up from the settings' seed")] = 1,
+    set_: Changes = None,
+    out: Out = Path("runs"),
+    jobs: Annotated[int, typer.Option(min=0, help="runs at a time; 0: one per core")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run several strategies on the same data and fleet, and set them side by side with the usual baselines."""
+    with _refusals(as_json):
+        settings = read(config, set_ or [])
+        names = [name.strip() for name in strategies.split(",") if name.strip()] or list(settings.strategies)
+        if not names:
+            raise ConfigError(f"nothing to compare: name --strategies a,b,c or set strategies in {config}")
+        several = [
+            settings.model_copy(update={"strategy": name, "seed": settings.seed + seed})
+            for name in dict.fromkeys(names)
+            for seed in range(seeds)
+        ]
+        result = comparison.compare(several, out, quiet=as_json, jobs=jobs)
+        _say({"runs": result.runs, "baselines": result.baselines}, as_json)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="what --out named")], as_json: AsJson = False) -> None:
+    """Table and figure of the finished runs in a folder, computed from their records."""
+    with _refusals(as_json):
+        result = comparison.report(folder, quiet=as_json)
+        _say({"runs": result.runs, "baselines": result.baselines}, as_json)
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(metavar="strategies|recommenders|datasets|devices")], as_json: AsJson = False
+) -> None:
+    """What there is to choose from."""
+    with _refusals(as_json):
+        tables = {
+            "strategies": (("name", "what it does"), [(n, _first_line(row)) for n, row in CATALOG.items()]),
+            "recommenders": (("name", "what it is"), [(n, _first_line(r)) for n, r in recommenders.RECOMMENDERS.items()]),
+            "datasets": (
+                ("name", "domain", "users", "items", "rows", "terms"),
+                [(d.name, d.domain, d.users, d.items, d.rows, d.terms) for d in datasets()],
+            ),
+            "devices": (
+                ("name", "GFLOP/s", "Mbit/s down", "Mbit/s up", "W idle", "W training", "source"),
+                [
+                    (d.name, d.flops / 1e9, d.bytes_down * 8e-6, d.bytes_up * 8e-6, d.watts_idle, d.watts_training, d.source)
+                    for d in DEVICES.values()
+                ]
+                + [
+                    (f"linear, {name}", "", "", "", "", "", f"{a:.0%} download, {b:.0%} training, {c:.0%} upload")
+                    for name, (a, b, c) in CLASSES.items()
+                ]
+                + [("phones", "", "", "", "", "", "inverse CDFs of 500,000 phones' capacities")],
+            ),
+        }
+        if what not in tables:
+            raise ConfigError(unknown("list", what, tables))
+        heads, rows = tables[what]
+        if as_json:
+            print(json.dumps([dict(zip(heads, row, strict=True)) for row in rows]))
+            return
+        table = Table(*heads, box=None)
+        for row in rows:
+            table.add_row(*(f"{v:,g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v) for v in row))
+        Console().print(table)
+
+
+def _first_line(thing: object) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0]
+
+
+def _say(result: object, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+
+
+class _refusals:  # noqa: N801 - reads as what the block does
+    """Turns refusals into one line and exit code 2, and Ctrl-C into a word on how to go on."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, FedpruneError):
+            print(f"fedprune: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        if isinstance(error, KeyboardInterrupt):
+            print("fedprune: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+if __name__ == "__main__":
+    app()

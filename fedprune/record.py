@@ -1,0 +1,295 @@
+"""Run folders: what happened, one line per round, and a checkpoint from which a killed run goes on to the same end.
+
+    <out>/<strategy>-<hash>/seed0/
+        run.json          settings and versions
+        events.jsonl      one line per round, with an evaluation where there was one; every reported number is computed from it
+        ledger/*.parquet  one row per client-round: seconds and joules by part, bytes, rate, staleness, discarded
+        state.safetensors the last checkpoint; removed when the run is finished
+        model.safetensors the global model of the best round by validation
+        summary.json      written last: its presence says that the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedprune.errors import RecordError
+from fedprune.exchange import PARTS, Cost, Lost, Order, Report, Split
+from fedprune.fleet import VirtualFleet
+from fedprune.fleet.virtual import Job
+from fedprune.strategy import Round, ServerState, Strategy
+from fedprune.submodel import Submodel
+from fedprune.types import Tensors
+
+
+class RunRecord:
+    """One run's folder.
+
+    Lines and ledger rows are held back until the next checkpoint, and those after the last one are dropped on resuming: what
+    is on disk is always a state that the run really was in.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lines: list[str] = []
+        self._rows: list[dict[str, list]] = []
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """The summary, if the run has ended."""
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def begin(self, about: Mapping[str, Any]) -> None:
+        """Create the folder, or check that it is of the same run.
+
+        Raises:
+            RecordError: the folder holds a run with other settings.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "run.json"
+        settings = json.loads(json.dumps(about["settings"]))
+        if path.exists():
+            before = json.loads(path.read_text())["settings"]
+            if before != settings:
+                changed = sorted(k for k in settings if settings[k] != before.get(k))
+                raise RecordError(f"{self.folder} holds a run with other settings ({', '.join(changed)}); name another --out")
+        else:
+            write(path, json.dumps(about, indent=1))
+
+    def add(self, event: Mapping[str, Any], ledger: dict[str, list] | None = None) -> None:
+        """Note a round."""
+        self._lines.append(json.dumps(event))
+        if ledger is not None:
+            self._rows.append(ledger)
+
+    def checkpoint(self, state: ServerState, fleet: VirtualFleet, extra: Mapping[str, Any]) -> None:
+        """Write what was noted, then the state that it led to, each in one step."""
+        if self._rows:
+            columns = {name: [v for rows in self._rows for v in rows[name]] for name in self._rows[0]}
+            (self.folder / "ledger").mkdir(exist_ok=True)
+            target = self.folder / "ledger" / f"{state.version:06d}.parquet"
+            pl.DataFrame(columns).write_parquet(target.with_suffix(".new"))
+            os.replace(target.with_suffix(".new"), target)
+        with (self.folder / "events.jsonl").open("a") as file:
+            file.write("".join(line + "\n" for line in self._lines))
+            file.flush()
+            os.fsync(file.fileno())
+        self._lines, self._rows = [], []
+        save_state(self.folder / "state.safetensors", state, fleet, extra)
+
+    def resume(self, state: ServerState, fleet: VirtualFleet, strategy: Strategy) -> tuple[ServerState, dict[str, Any]] | None:
+        """The state of the last checkpoint, with everything noted after it dropped; None if there is none."""
+        path = self.folder / "state.safetensors"
+        if not path.exists():
+            (self.folder / "events.jsonl").unlink(missing_ok=True)
+            for part in (self.folder / "ledger").glob("*"):
+                part.unlink()
+            return None
+        state, extra = load_state(path, state, fleet, strategy)
+        kept = [line for line in self._complete_lines() if json.loads(line)["version"] < state.version]
+        write(self.folder / "events.jsonl", "".join(line + "\n" for line in kept))
+        for part in (self.folder / "ledger").glob("*"):
+            if part.suffix != ".parquet" or int(part.stem) > state.version:
+                part.unlink()
+        return state, extra
+
+    def keep_model(self, model: Tensors) -> None:
+        """Replace the best model."""
+        save(self.folder / "model.safetensors", model, {})
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Mark the run as finished."""
+        write(self.folder / "summary.json", json.dumps(summary, indent=1))
+        (self.folder / "state.safetensors").unlink(missing_ok=True)
+
+    def events(self) -> list[dict[str, Any]]:
+        """All rounds so far."""
+        return [json.loads(line) for line in self._complete_lines()]
+
+    def _complete_lines(self) -> list[str]:
+        path = self.folder / "events.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return text.split("\n")[: text.count("\n")]
+
+
+# ---- one round as a line and as rows ---------------------------------------------------------------------------------
+
+
+def line(happened: Round) -> dict[str, Any]:
+    """A round's sums: seconds and joules by part over all its clients, discarded ones included."""
+    done = [(r.cost, r.waited) for r in happened.reports] + [(entry.cost, 0.0) for entry in happened.lost]
+    seconds = {part: float(sum(getattr(c.seconds, part) for c, _ in done)) for part in PARTS}
+    seconds["waiting"] = float(sum(w for _, w in done))
+    joules: dict[str, float] | None = None
+    known = [(c.joules, c.watts_waiting, w) for c, w in done if c.joules is not None and c.watts_waiting is not None]
+    if len(known) == len(done):
+        joules = {part: float(sum(getattr(j, part) for j, _, _ in known)) for part in PARTS}
+        joules["waiting"] = float(sum(watts * w for _, watts, w in known))
+    reports = happened.reports
+    return {
+        "version": happened.version,
+        "began": happened.began,
+        "ended": happened.ended,
+        "asked": len(happened.orders),
+        "reports": len(reports),
+        "lost": len(happened.lost),
+        "mean_rate": float(np.mean([r.order.rate for r in reports])) if reports else None,
+        "mean_staleness": float(np.mean([r.staleness for r in reports])) if reports else None,
+        "slowest_update": max((r.cost.seconds.total for r in reports), default=None),
+        "fastest_update": min((r.cost.seconds.total for r in reports), default=None),
+        "loss": float(np.average([r.loss for r in reports], weights=[r.examples for r in reports])) if reports else None,
+        "examples": sum(r.examples for r in reports),
+        "flops": float(sum(c.flops for c, _ in done)),
+        "bytes_down": sum(c.bytes_down for c, _ in done),
+        "bytes_up": sum(r.cost.bytes_up for r in reports) + sum(e.cost.bytes_up for e in happened.lost if e.reason == "too late"),
+        "seconds": seconds,
+        "joules": joules,
+        "source": "modelled" if all(c.source == "modelled" for c, _ in done) else "measured",
+    }
+
+
+def ledger_rows(happened: Round) -> dict[str, list]:
+    """One row per client-round, as columns."""
+    entries: list[tuple[Report | Lost, bool]] = [(r, False) for r in happened.reports] + [(e, True) for e in happened.lost]
+    columns: dict[str, list] = {"version": [happened.version] * len(entries)}
+    columns["client"] = [e.order.client for e, _ in entries]
+    columns["ticket"] = [e.order.ticket for e, _ in entries]
+    columns["rate"] = [e.order.rate for e, _ in entries]
+    columns["discarded"] = [discarded for _, discarded in entries]
+    columns["reason"] = [e.reason if isinstance(e, Lost) else None for e, _ in entries]
+    columns["staleness"] = [e.staleness if isinstance(e, Report) else None for e, _ in entries]
+    columns["examples"] = [e.examples if isinstance(e, Report) else None for e, _ in entries]
+    waited = [e.waited if isinstance(e, Report) else 0.0 for e, _ in entries]
+    for part in PARTS:
+        columns[f"seconds_{part}"] = [getattr(e.cost.seconds, part) for e, _ in entries]
+    columns["seconds_waiting"] = waited
+    for part in PARTS:
+        columns[f"joules_{part}"] = [getattr(e.cost.joules, part) if e.cost.joules else None for e, _ in entries]
+    columns["joules_waiting"] = [
+        None if e.cost.watts_waiting is None else e.cost.watts_waiting * w for (e, _), w in zip(entries, waited, strict=True)
+    ]
+    for name in ("bytes_down", "bytes_up", "flops", "parameters", "source"):
+        columns[name] = [getattr(e.cost, name) for e, _ in entries]
+    return columns
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save_state(path: Path, state: ServerState, fleet: VirtualFleet, extra: Mapping[str, Any]) -> None:
+    """Everything a run needs to go on, in one file: server, private rows, clock, and orders on their way."""
+    clock, jobs = fleet.snapshot()
+    private = fleet.population.private
+    tensors: Tensors = {f"model/{n}": t for n, t in state.model.items()}
+    tensors |= {f"optimiser/{n}": t for n, t in state.optimiser.items()}
+    for part in ("selection", "rates", "pruning"):
+        tensors |= {f"{part}/{n}": torch.from_numpy(np.ascontiguousarray(a)) for n, a in getattr(state, part).items()}
+    for part in ("values", "first", "second"):
+        tensors |= {f"private.{part}/{n}": t for n, t in getattr(private, part).items()}
+    tensors["private.steps"] = private.steps
+    submodels: dict[bytes, int] = {}
+    for job in jobs:
+        order = job.order
+        if order.version != state.version:
+            tensors |= {f"version.{order.version}/{n}": t for n, t in order.model.items()}
+        if order.submodel.key not in submodels:
+            number = submodels[order.submodel.key] = len(submodels)
+            for kind in ("held", "trained"):
+                units = getattr(order.submodel, kind)
+                tensors |= {f"submodel.{number}.{kind}/{a}": torch.from_numpy(u.copy()) for a, u in units.items()}
+    about = {
+        "version": state.version,
+        "ticket": state.ticket,
+        "clock": clock,
+        "jobs": [_job_to_json(job, submodels[job.order.submodel.key]) for job in jobs],
+        "extra": dict(extra),
+    }
+    save(path, tensors, {"fedprune": json.dumps(about)})
+
+
+def load_state(
+    path: Path, fresh: ServerState, fleet: VirtualFleet, strategy: Strategy
+) -> tuple[ServerState, dict[str, Any]]:
+    """Put a fresh fleet and a fresh server into the state of a checkpoint."""
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["fedprune"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+    def group(prefix: str) -> Tensors:
+        return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + "/")}
+
+    memories = {p: {n: t.numpy() for n, t in group(p).items()} for p in ("selection", "rates", "pruning")}
+    state = ServerState(
+        group("model"), fresh.layout, fresh.seed, about["version"], about["ticket"], group("optimiser"), **memories
+    )
+    private = fleet.population.private
+    for part in ("values", "first", "second"):
+        getattr(private, part).update(group(f"private.{part}"))
+    private.steps.copy_(tensors["private.steps"])
+    models = {state.version: state.model}
+    submodels: dict[int, Submodel] = {}
+    jobs = []
+    for entry in about["jobs"]:
+        number, version = entry["submodel"], entry["version"]
+        if number not in submodels:
+            held, trained = ({a: t.numpy() for a, t in group(f"submodel.{number}.{k}").items()} for k in ("held", "trained"))
+            submodels[number] = Submodel.checked(fresh.layout, held, trained)
+        if version not in models:
+            models[version] = group(f"version.{version}")
+        jobs.append(_job_from_json(entry, submodels[number], models[version], strategy, fresh.seed))
+    fleet.restore(about["clock"], jobs)
+    return state, about["extra"]
+
+
+def _job_to_json(job: Job, submodel: int) -> dict[str, Any]:
+    order, cost = job.order, job.cost
+    return {
+        "ticket": order.ticket,
+        "client": order.client,
+        "version": order.version,
+        "rate": order.rate,
+        "submodel": submodel,
+        "arrives": job.arrives,
+        "work": job.work,
+        "vanishes": job.vanishes,
+        "wanted": job.wanted,
+        "seconds": [getattr(cost.seconds, part) for part in PARTS],
+        "joules": None if cost.joules is None else [getattr(cost.joules, part) for part in PARTS],
+        "rest": [cost.bytes_down, cost.bytes_up, cost.flops, cost.parameters, cost.watts_waiting, cost.source],
+    }
+
+
+def _job_from_json(entry: dict[str, Any], submodel: Submodel, model: Tensors, strategy: Strategy, seed: int) -> Job:
+    order = Order(
+        entry["ticket"], entry["client"], entry["version"], entry["rate"], submodel,
+        strategy.objective, strategy.codec.rows, model, seed,
+    )  # fmt: skip
+    joules = None if entry["joules"] is None else Split(*entry["joules"])
+    cost = Cost(Split(*entry["seconds"]), joules, *entry["rest"])
+    return Job(order, entry["arrives"], cost, entry["work"], entry["vanishes"], entry["wanted"])
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file in one step."""
+    new = path.with_suffix(".new")
+    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, new, metadata)
+    os.replace(new, path)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    os.replace(new, path)

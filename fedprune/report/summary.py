@@ -1,0 +1,60 @@
+"""A run in one table row, computed from its events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+QUALITY = ("hr10_full", "ndcg10_full", "hr10_expected", "ndcg10_expected")
+
+
+def summarise(
+    events: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], ceiling: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """What a run came to.
+
+    Test quality is read at the round that validation chose (best NDCG@10 in the exact 1+99 protocol). Times, energy and
+    bytes are totals over the whole run; `seconds_to_target` is when an evaluation first met the target.
+
+    Returns:
+        The keys of the README's table of summary keys; None where a figure does not exist (no target, unknown joules).
+    """
+    rounds = [event for event in events if event["version"] >= 0]
+    evaluated = [event for event in events if "evaluation" in event]
+    best = max(evaluated, key=lambda e: e["evaluation"]["validation"]["ndcg10_expected"])
+    test = best["evaluation"]["test"]
+    target = settings.get("target")
+    reached = [
+        e for e in evaluated if target is not None and e["evaluation"]["validation"]["ndcg10_expected"] >= target
+    ]
+    seconds = {part: sum(e["seconds"][part] for e in rounds) for part in (rounds[0]["seconds"] if rounds else {})}
+    reports = sum(e["reports"] for e in rounds)
+    known = all(e["joules"] is not None for e in rounds)
+    total = sum(seconds.values())
+    return {
+        "strategy": settings["strategy"],
+        "seed": settings["seed"],
+        "rounds": len(rounds),
+        "virtual_seconds": events[-1]["ended"],
+        "warm_start_seconds": events[0]["ended"] if events[0]["version"] < 0 else 0.0,
+        "joules": sum(sum(e["joules"].values()) for e in rounds) if known else None,
+        "bytes_down": sum(e["bytes_down"] for e in rounds),
+        "bytes_up": sum(e["bytes_up"] for e in rounds),
+        "flops": sum(e["flops"] for e in rounds),
+        "reports": reports,
+        "lost": sum(e["lost"] for e in rounds),
+        "waiting_share": seconds["waiting"] / total if total else 0.0,
+        "mean_rate": sum(e["mean_rate"] * e["reports"] for e in rounds if e["reports"]) / reports if reports else None,
+        "mean_round_seconds": (rounds[-1]["ended"] - rounds[0]["began"]) / len(rounds) if rounds else None,
+        "best_round": best["version"] + 1,
+        "seconds_to_best": best["ended"],
+        "target": target,
+        "seconds_to_target": reached[0]["ended"] if reached else None,
+        "validation_ndcg10_expected": best["evaluation"]["validation"]["ndcg10_expected"],
+        **{key: test.get(key) for key in QUALITY},
+        **{f"{key}_slow": test.get(f"{key}_slow") for key in QUALITY},
+        **{f"{key}_global": test.get(f"{key}_global") for key in QUALITY},
+        **{f"{key}_draw": test.get(f"{key}_draw") for key in ("hr10", "ndcg10")},
+        **(ceiling or {}),
+        "source": "modelled" if all(e["source"] == "modelled" for e in rounds) else "measured",
+    }

@@ -1,0 +1,96 @@
+"""Tables of runs: for the terminal, and as Markdown and CSV files."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.table import Table
+
+Row = Mapping[str, Any]
+
+COLUMNS = (
+    ("strategy", "strategy"),
+    ("seconds_to_target", "to target"),
+    ("virtual_seconds", "in all"),
+    ("joules", "energy"),
+    ("waiting_share", "waiting"),
+    ("mean_rate", "mean rate"),
+    ("bytes_up", "uploaded"),
+    ("ndcg10_full", "NDCG@10"),
+    ("ndcg10_expected", "NDCG@10 1+99"),
+    ("ndcg10_expected_slow", "slow users'"),
+)
+"""Keys of a summary, and how a table heads them."""
+
+CAPTION = (
+    "Virtual time, energy and bytes are modelled. NDCG@10: full ranking; 1+99: exact expectation over all draws of 99 "
+    "negatives. Test quality at the round that validation chose. Slow users: the 1+99 figure for users of the slowest quarter."
+)
+
+
+def body(runs: Sequence[Row], baselines: Mapping[str, Row]) -> list[list[str]]:
+    """One row of texts per strategy (mean and, over several seeds, standard deviation), then the baselines."""
+    order = list(dict.fromkeys(run["strategy"] for run in runs))
+    rows = []
+    for strategy in order:
+        own = [run for run in runs if run["strategy"] == strategy]
+        rows.append([strategy, *(_cell(key, [run.get(key) for run in own]) for key, _ in COLUMNS[1:])])
+    for name, quality in baselines.items():
+        rows.append([name, *(_cell(key, [quality.get(key)], missing="") for key, _ in COLUMNS[1:])])
+    return rows
+
+
+def terminal(runs: Sequence[Row], baselines: Mapping[str, Row]) -> Table:
+    """For the screen."""
+    table = Table(caption=CAPTION, caption_justify="left")
+    for key, heading in COLUMNS:
+        table.add_column(heading, justify="left" if key == "strategy" else "right", no_wrap=key == "strategy")
+    for row in body(runs, {}):
+        table.add_row(*row)
+    table.add_section()
+    for row in body([], baselines):
+        table.add_row(*row, style="dim")
+    return table
+
+
+def markdown(runs: Sequence[Row], baselines: Mapping[str, Row]) -> str:
+    """For a file or a README."""
+    head = [heading for _, heading in COLUMNS]
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in body(runs, baselines)]
+    return "\n".join([*lines, "", CAPTION, ""])
+
+
+def csv(runs: Sequence[Row], path: Path) -> None:
+    """Every key of every run."""
+    pl.DataFrame([dict(run) for run in runs], infer_schema_length=None).write_csv(path)
+
+
+def _cell(key: str, values: Sequence[Any], missing: str = "never") -> str:
+    known = [v for v in values if v is not None and not (isinstance(v, float) and math.isnan(v))]
+    if not known:
+        return missing if key == "seconds_to_target" else "" if missing == "" else "–"
+    mean = statistics.fmean(known)
+    text = _text(key, mean)
+    if len(known) > 1 and key.startswith(("ndcg", "hr", "seconds_to")):
+        text += f" ±{_text(key, statistics.stdev(known)).lstrip('0') or '0'}"
+    return text + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
+
+
+def _text(key: str, value: float) -> str:
+    if key.startswith(("ndcg", "hr")):
+        return f"{value:.4f}"
+    if key.endswith("seconds") or key.startswith("seconds"):
+        return f"{value:,.0f} s"
+    if key == "joules":
+        return f"{value / 1e3:,.0f} kJ"
+    if key.startswith("bytes"):
+        return f"{value / 1e6:,.0f} MB"
+    if key == "waiting_share":
+        return f"{value:.0%}"
+    return f"{value:.2f}"

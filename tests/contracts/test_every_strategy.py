@@ -1,0 +1,209 @@
+"""What every strategy promises: whatever happens to the clients, the run goes on, repeats, and resumes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from world import World, close, copied, finite, same, world
+
+from fedprune.catalog import CATALOG, build, trained_with
+from fedprune.devices import disturbed
+from fedprune.merge import Adam, Merge, ServerOptimiser
+from fedprune.objective import Objective
+from fedprune.population import Private
+from fedprune.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Row:
+    """A strategy of the catalog with settings that make it do what it is for in this world."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{key}={value}" for key, value in self.settings.items())])
+
+    def strategy(self, **objective: Any) -> Strategy:
+        """With small steps, so that two orders of summation stay close."""
+        return trained_with(build(self.name, **self.settings), Objective(lr=0.3, **objective), Merge())
+
+
+ROWS = [
+    Row("fedavg"),
+    Row("fedavg", {"cohort": 7}),
+    Row("drop_weak"),
+    Row("smallest"),
+    Row("skip"),
+    Row("skip", {"pace": 1.5, "private_steps": 1}),
+    Row("deadline", {"within": 15.0}),
+    Row("fedprox", {"within": 15.0}),
+    Row("heterofl"),
+    Row("window"),
+    Row("adaptcl"),
+    Row("adaptcl", {"interval": 1, "cohort": 9}),
+]
+every_strategy = pytest.mark.parametrize("row", ROWS, ids=str)
+
+
+def test_the_table_is_complete():
+    assert {row.name for row in ROWS} == set(CATALOG), "a strategy of the catalog is missing here; add a row"
+
+
+@every_strategy
+@pytest.mark.parametrize("model", ["mf", "neumf"])
+def test_runs_and_repeats_bit_for_bit(row: Row, model: str):
+    first, second = (world(row.strategy(), model=model, noise=0.1) for _ in range(2))
+    start = first.state.model
+    rounds = first.rounds(4)
+    second.rounds(4)
+    assert finite(first.state.model) and finite(first.private)
+    assert not same(first.state.model, start), "four rounds taught it nothing"
+    assert first.state.version == 4 and sum(len(done.orders) for done in rounds) == first.state.ticket
+    assert same(first.state.model, second.state.model) and same(first.private, second.private)
+    assert first.fleet.now() == second.fleet.now()
+
+
+def test_another_seed_is_another_run():
+    first, second = world(seed=1), world(seed=2)
+    second.state = replace(second.state, model=first.state.model)
+    first.round()
+    second.round()
+    assert not close(first.state.model, second.state.model)
+
+
+@every_strategy
+@pytest.mark.parametrize(("model", "batch"), [("mf", None), ("mf", 8), ("neumf", None)])
+def test_all_fleets_agree(row: Row, model: str, batch: int | None):
+    serial, vector = (
+        world(row.strategy(batch=batch), model=model, fleet=name, noise=0.1) for name in ("serial", "vector")
+    )
+    for one, other in zip(serial.rounds(4), vector.rounds(4), strict=True):
+        assert [(r.order.ticket, r.finished, r.examples) for r in one.reports] == [
+            (r.order.ticket, r.finished, r.examples) for r in other.reports
+        ]
+    assert close(serial.state.model, vector.state.model)
+    assert close(serial.private, vector.private)
+    assert serial.fleet.now() == vector.fleet.now()
+
+
+@every_strategy
+def test_survives_clients_that_vanish(row: Row):
+    here = world(row.strategy(), dropout=0.4)
+    rounds = here.rounds(6)
+    lost = [event for done in rounds for event in done.lost if event.reason == "dropped out"]
+    merged = [report for done in rounds for report in done.reports]
+    assert lost and merged
+    assert not {event.order.ticket for event in lost} & {report.order.ticket for report in merged}
+    assert finite(here.state.model)
+    asked_again = {order.client for done in rounds[1:] for order in done.orders}
+    assert asked_again & {event.order.client for event in rounds[0].lost}, "who vanished once is never asked again"
+
+
+@every_strategy
+def test_lives_with_gaps_in_availability(row: Row):
+    here = world(row.strategy(), availability=0.5)
+    rounds = here.rounds(6)
+    assert all(done.ended > done.began for done in rounds)
+    assert any(done.reports for done in rounds) and finite(here.state.model)
+    assert {len(done.orders) for done in rounds} != {24}, "nobody was ever unreachable"
+
+
+@every_strategy
+def test_an_empty_round_passes_and_the_next_goes_on(row: Row):
+    here = world(row.strategy())
+    usual = here.fleet.devices
+    here.fleet.devices = disturbed(usual, availability=1e-9)
+    before = here.state.model
+    empty = here.round()
+    assert not empty.orders and not empty.reports and empty.ended > empty.began
+    assert same(here.state.model, before)
+    here.fleet.devices = usual
+    assert here.round().reports and not same(here.state.model, before)
+
+
+@every_strategy
+def test_the_clock_moves_when_everybody_misses_the_deadline(row: Row):
+    strategy = row.strategy()
+    here = world(replace(strategy, gather=replace(strategy.gather, within=1e-3)))
+    before = here.state.model
+    rounds = here.rounds(6)
+    assert rounds[0].orders and not rounds[0].reports and rounds[0].ended == 1e-3
+    assert all(done.ended > done.began for done in rounds)
+    assert sum(len(done.orders) for done in rounds[1:]), "nobody was ever idle again"
+    if strategy.gather.late == "drop":
+        assert all(event.reason == "too late" for event in rounds[0].lost) and len(rounds[0].lost) == len(
+            rounds[0].orders
+        )
+        assert same(here.state.model, before)
+    else:
+        assert any(done.reports for done in rounds), "late reports were to be kept"
+
+
+def resumed(row: Row, saved: World, fleet: str) -> World:
+    """A new process: nothing but the server's state, the snapshot and the private rows."""
+    here = world(row.strategy(), fleet=fleet, noise=0.1, dropout=0.1)
+    clock, jobs = saved.fleet.snapshot()
+    kept = saved.population.private
+    here.population.private = Private(
+        copied(kept.values), copied(kept.first), copied(kept.second), kept.steps.clone()
+    )
+    here.fleet.restore(clock, [replace(job) for job in jobs])
+    here.state = replace(saved.state, model=copied(saved.state.model), optimiser=copied(saved.state.optimiser))
+    return here
+
+
+@every_strategy
+@pytest.mark.parametrize("fleet", ["serial", "vector"])
+def test_resumes_bit_for_bit(row: Row, fleet: str):
+    whole = world(row.strategy(), fleet=fleet, noise=0.1, dropout=0.1)
+    whole.rounds(3)
+    after = resumed(row, whole, fleet)
+    expected, got = whole.rounds(3), after.rounds(3)
+    assert [[r.order.ticket for r in done.reports] for done in got] == [
+        [r.order.ticket for r in done.reports] for done in expected
+    ]
+    assert same(after.state.model, whole.state.model) and same(after.private, whole.private)
+    assert after.fleet.now() == whole.fleet.now()
+
+
+LIMITS = [
+    (Row("deadline", {"within": float("inf")}), {}),
+    (Row("fedprox", {"within": float("inf"), "mu": 0.0}), {}),
+    (Row("smallest", {"rate": 1.0}), {}),
+    (Row("drop_weak", {"share": 1.0}), {}),
+    (Row("heterofl"), {"sigma": 1.0}),
+    (Row("window"), {"sigma": 1.0}),
+    (Row("adaptcl"), {"sigma": 1.0, "workload": "equal"}),
+    (Row("skip"), {"sigma": 1.0, "workload": "equal"}),
+]
+
+
+@pytest.mark.parametrize("optimiser", [None, Adam()], ids=["average", "adam"])
+@pytest.mark.parametrize("fleet", ["serial", "vector"])
+@pytest.mark.parametrize(("row", "where"), LIMITS, ids=str)
+def test_equals_fedavg_at_its_neutral_setting(row: Row, where: dict, fleet: str, optimiser: ServerOptimiser | None):
+    merge = Merge(optimiser=optimiser) if optimiser else Merge()
+    strategy, fedavg = (
+        trained_with(build(r.name, **r.settings), Objective(), merge) for r in (row, Row("fedavg"))
+    )
+    here, rival = (world(s, fleet=fleet, **where) for s in (strategy, fedavg))
+    here.rounds(3)
+    rival.rounds(3)
+    assert same(here.state.model, rival.state.model)
+    assert same(here.private, rival.private)
+    assert same(here.state.optimiser, rival.state.optimiser)
+
+
+def test_the_limits_table_is_complete():
+    assert {row.name for row, _ in LIMITS} == set(CATALOG) - {"fedavg"}, "a strategy has no limit; add one"
+
+
+@pytest.mark.parametrize("row", [Row("smallest", {"rate": 0.5}), Row("drop_weak", {"share": 0.5})], ids=str)
+def test_away_from_its_neutral_setting_it_is_not_fedavg(row: Row):
+    here, rival = world(row.strategy()), world(Row("fedavg").strategy())
+    here.round()
+    rival.round()
+    assert not close(here.state.model, rival.state.model)
