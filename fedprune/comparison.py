@@ -96,6 +96,8 @@ def _published(
     figure.draw(groups, out / "figure.svg")
     if not quiet:
         console = Console()
+        if not console.is_terminal:
+            console = Console(width=120)
         console.print(tables.terminal(runs, compared))
         console.print(f"[dim]Written: {out / 'table.md'}, {out / 'runs.csv'}, {out / 'figure.png'}, {out / 'figure.svg'}[/dim]")
     return Comparison(runs, {name: dict(quality) for name, quality in compared.items()})
@@ -132,7 +134,9 @@ def _in_parallel(
     with context.Manager() as manager, ProcessPoolExecutor(jobs, mp_context=context) as pool:
         news = manager.dict()
         tasks = {_label(s): progress.add_task(_label(s), total=1.0, status="waiting") for s in several}
-        futures = [pool.submit(_work, s.model_dump(), str(out), threads, news) for s in several]
+        # Those listed last (the narrow models, by custom) go through the most rounds: started first, they leave the short
+        # ones to fill the gaps.
+        futures = [pool.submit(_work, s.model_dump(), str(out), threads, news) for s in reversed(several)][::-1]
         try:
             pending: set[Future] = set(futures)
             while pending:

@@ -10,6 +10,9 @@ from fedprune.errors import ConfigError
 from fedprune.exchange import Fleet, Lost, Order, Report
 from fedprune.types import Seconds
 
+HAIR = 1e-9
+"""Of a waiting time: who is due at its very end must not miss it by a rounding error."""
+
 
 @dataclass(frozen=True)
 class Gather:
@@ -58,7 +61,7 @@ class Gather:
                 continue
             reports.append(event)
             if own and self.pace is not None:
-                reached = sent + self.pace * (event.finished - sent)
+                reached = sent + (1 + HAIR) * self.pace * (event.finished - sent)
                 deadline = reached if deadline is None else min(deadline, reached)
         if self.late == "drop":
             lost += fleet.abandon(sorted(missing))

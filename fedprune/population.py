@@ -13,7 +13,7 @@ from torch import Tensor
 from fedprune.axes import Layout
 from fedprune.data import Interactions
 from fedprune.objective import Objective
-from fedprune.random import PRIORITIES, keys, permuted, priorities
+from fedprune.random import PRIORITIES, drawn, keys, priorities
 from fedprune.types import ClientId, IntArray, Tensors
 
 
@@ -151,26 +151,19 @@ class Population:
         seen = self.positives[torch.where(real, place, 0)]
         age = torch.where(real, count - 1 - column, 0).float()
 
-        # At most `counts` of a permutation's values are positives, so this many values always hold enough negatives.
-        candidate = permuted(key, int((counts + wanted).max()), self.items)
         taken = torch.zeros(len(users), self.items + 1, dtype=torch.bool)
         taken.scatter_(1, torch.where(real, seen, self.items), True)
-        free = ~taken.gather(1, candidate)
-        goal = torch.from_numpy(wanted)[:, None]
-        rank = free.cumsum(1)
-        size = int(wanted.max())
-        chosen = torch.zeros(len(users), size + 1, dtype=torch.long)
-        chosen.scatter_(1, torch.where(free & (rank <= goal), rank - 1, size), candidate)
-        unseen = chosen[:, :size]
-        drawn = torch.arange(size) < goal
+        unseen = drawn(key, wanted, taken[:, :-1])
+        size = unseen.shape[1]
+        chosen = torch.arange(size) < torch.from_numpy(wanted)[:, None]
 
         if share is not None:
             kept = torch.from_numpy(np.ceil(share * counts))[:, None]
             order = priorities(key ^ np.uint64(0x5BF03635), widest)  # which positives come first
             real = real & (_rank_within(order, real) < kept)
-            drawn = drawn & (torch.arange(size) < torch.from_numpy(np.ceil(share * wanted))[:, None])
+            chosen = chosen & (torch.arange(size) < torch.from_numpy(np.ceil(share * wanted))[:, None])
         label = torch.cat([real.float(), torch.zeros(len(users), size)], 1)
-        present = torch.cat([real, drawn], 1)
+        present = torch.cat([real, chosen], 1)
         # Padding names item 0 with weight 0; clearing it keeps memory access local.
         items = torch.where(present, torch.cat([seen, unseen], 1), 0)
         return items, label, present, torch.cat([age, torch.zeros(len(users), size)], 1)

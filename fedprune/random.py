@@ -88,6 +88,37 @@ def priorities(key: np.ndarray, draws: int) -> Tensor:
     return permuted(key, draws, PRIORITIES)
 
 
+def drawn(key: np.ndarray, wanted: np.ndarray, barred: Tensor) -> Tensor:
+    """Per key, the first `wanted` values of its permutation that are not barred: a draw without replacement.
+
+    Args:
+        key: uint64 `[clients]`.
+        wanted: int64 `[clients]`, at most as many as are not barred.
+        barred: bool `[clients, size]`.
+
+    Returns:
+        int64 `[clients, wanted.max()]`; what is beyond a client's own `wanted` is 0.
+    """
+    size, most = barred.shape[1], int(wanted.max(initial=0))
+    count = barred.sum(1).numpy()
+    # Enough values for nearly every row, four standard deviations above the mean; the few others get as many as always do.
+    mean = wanted * size / np.maximum(size - count, 1)
+    guess = min(size, int((mean + 4 * np.sqrt(mean * count / size) + 1).max(initial=0)))
+    result = torch.zeros(len(key), most + 1, dtype=torch.long)
+    rows = np.arange(len(key))
+    for draws in (guess, min(size, int((wanted + count).max(initial=0)))):
+        value = permuted(key[rows], draws, size)
+        free = ~barred[rows].gather(1, value)
+        place = free.cumsum(1)
+        goal = torch.from_numpy(wanted[rows])[:, None]
+        target = torch.where(free & (place <= goal), place - 1, most)
+        result[rows] = torch.zeros(len(rows), most + 1, dtype=torch.long).scatter_(1, target, value)
+        rows = rows[(free.sum(1, keepdim=True) < goal)[:, 0].numpy()]
+        if not len(rows):
+            break
+    return result[:, :most] * (torch.arange(most) < torch.from_numpy(wanted)[:, None])
+
+
 def _round_keys(key: np.ndarray, number: int) -> Tensor:
     with np.errstate(over="ignore"):
         word = key * np.uint64(0xD6E8FEB86659FD93) + np.uint64(0xA0761D6478BD642F) * np.uint64(number + 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedprune.data.interactions import Interactions
 from fedprune.errors import DataError
+from fedprune.random import drawn, keys
 from fedprune.types import IntArray
 
 Scorer: TypeAlias = Callable[[IntArray], Tensor]
@@ -48,8 +49,8 @@ def rank_held_out(
 ) -> Ranks:
     """Count, for every user with a held-out item, the candidates that beat and that equal it.
 
-    The draw is a function of `draw_seed`, the user's number and the user's candidates (and numpy's `choice`): models,
-    rounds and chunk sizes are compared on the same negatives.
+    The draw is a function of `draw_seed`, the user's number and the user's candidates: models, rounds and chunk sizes are
+    compared on the same negatives.
 
     Args:
         scorer: see `Scorer`.
@@ -87,8 +88,8 @@ def rank_held_out(
         column = seen_item[np.repeat(starts[part] - np.cumsum(counts) + counts, counts) + np.arange(len(row))]
         target = held_out[part]
         _refuse_seen(part, target, row, column)
-        drawn = _drawn(part, target, row, column, scores.shape[1], negatives, draw_seed)
-        parts.append(_count(scores, target, row, column, drawn))
+        draw = _drawn(part, target, row, column, scores.shape[1], negatives, draw_seed)
+        parts.append(_count(scores, target, row, column, draw))
     better, ties, candidates, draw_better, draw_ties = np.concatenate(parts, axis=1)
     return Ranks(users, better, ties, candidates, draw_better, draw_ties, negatives)
 
@@ -137,9 +138,8 @@ def _drawn(
     barred = np.zeros((len(user), items), dtype=bool)
     barred[row, column] = True
     barred[np.arange(len(user)), target] = True
-    drawn = np.full((len(user), negatives), -1, dtype=np.int64)
-    for position, number in enumerate(user):
-        allowed = np.flatnonzero(~barred[position])
-        count = min(negatives, len(allowed))
-        drawn[position, :count] = np.random.default_rng((seed, number)).choice(allowed, count, replace=False)
-    return drawn
+    wanted = np.minimum(negatives, items - barred.sum(1))
+    result = np.full((len(user), negatives), -1, dtype=np.int64)
+    values = drawn(keys(seed, "draw", user), wanted, torch.from_numpy(barred)).numpy()
+    result[:, : values.shape[1]] = np.where(np.arange(values.shape[1]) < wanted[:, None], values, -1)
+    return result

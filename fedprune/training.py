@@ -63,7 +63,8 @@ def train(
                 if layout.kind(name) == "shared":
                     step = step / _like(part.count.clamp(min=1), step)
                 if objective.proximal and name in update:
-                    step = step + objective.proximal * update[name]
+                    at_work = (part.count > 0).float()  # who has run out of examples takes no step, not even back
+                    step = step + objective.proximal * _like(at_work, step) * update[name]
                 if trained is not None:
                     step = step * trained[name]
                 update[name] = update[name] - objective.lr * step if name in update else step.mul_(-objective.lr)

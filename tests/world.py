@@ -26,14 +26,14 @@ FLEETS: dict[str, Callable[..., VirtualFleet]] = {"serial": SerialFleet, "vector
 SETTINGS: dict[str, dict] = {
     "mf": {"latent": LATENT},
     "gmf": {"latent": LATENT},
-    "mlp": {"latent": LATENT, "hidden": (8, 4)},
-    "neumf": {"latent": LATENT, "hidden": (8, 4)},
+    "mlp": {"latent": LATENT, "hidden": (16, 8)},
+    "neumf": {"latent": LATENT, "hidden": (16, 8)},
 }
 
 
 @cache
 def split() -> Split:
-    """Even users like the first half of the catalogue, odd ones the second; histories of 5 to 14 items, in random order."""
+    """Even users like the first half of the catalogue, odd ones the second; 5 to 15 items in random order."""
     rng = np.random.default_rng(7)
     user, item = [], []
     for number in range(USERS):

@@ -138,7 +138,9 @@ def _received(recommender: Recommender, order: Order, examples: Examples) -> Ten
     layout, clients = recommender.layout, len(examples.rows)
     cut = extract(order.model, layout, order.submodel)
     return {
-        name: tensor[examples.rows] if layout.kind(name) == "touched" else tensor.expand(clients, *tensor.shape)
+        name: tensor.index_select(0, examples.rows.flatten()).unflatten(0, examples.rows.shape)
+        if layout.kind(name) == "touched"
+        else tensor.expand(clients, *tensor.shape)
         for name, tensor in cut.items()
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -104,6 +104,8 @@ class VirtualFleet:
             if before is not None and arrives > before:
                 break
             job = self._jobs[ticket]
+            if before is None and not job.wanted and not any(other.wanted for other in self._jobs.values()):
+                break  # nobody is waited for, so no time passes, and the unwanted are not done yet
             result = self._train(ticket, before)
             heapq.heappop(self._heap)
             del self._jobs[ticket]
@@ -138,13 +140,13 @@ class VirtualFleet:
         """Clock and orders on their way. Work done ahead is forgotten here too, so that a resumed run repeats it alike."""
         self.settle()
         self._results.clear()
-        return self._clock, [self._jobs[ticket] for ticket in sorted(self._jobs)]
+        return self._clock, [replace(self._jobs[ticket]) for ticket in sorted(self._jobs)]
 
     def restore(self, clock: Seconds, jobs: Iterable[Job]) -> None:
         """Continue from a snapshot."""
         self._clock = clock
         for job in jobs:
-            self._jobs[job.order.ticket] = job
+            self._jobs[job.order.ticket] = replace(job)
             self._busy.add(job.order.client)
             heapq.heappush(self._heap, (job.arrives, job.order.ticket))
 
@@ -222,6 +224,7 @@ class VirtualFleet:
         until = objective.until
         if until is None:
             return [1.0] * len(orders), costs
+        until *= 1 - 1e-9  # so that rounding does not make it late for a deadline that is the same
         share = np.array(
             [
                 np.clip((until - c.seconds.download - c.seconds.upload) / max(c.seconds.training, 1e-12), 0.05, 1.0)

@@ -124,22 +124,25 @@ class EqualTime:
         rate = memory["rate"].copy() if memory else np.ones(population)
         recent = memory["recent"].copy() if memory else np.full((population, self.interval), np.nan)
         anchor, target = (int(memory["anchor"]), float(memory["target"])) if memory else (-1, np.nan)
-        times = {r.order.client: r.cost.seconds.total for r in reports if r.order.rate == rate[r.order.client]}
+        clients = np.array([r.order.client for r in reports])
+        seconds = np.array([r.cost.seconds.total for r in reports])
+        ordered = np.array([r.order.rate for r in reports])
+        fresh = np.array([r.staleness == 0 for r in reports])
+        rate[clients[fresh]] = ordered[fresh]  # the model's smallest rate, where less was remembered
+        current = rate[clients] == ordered  # not from before the last step
+        clients, seconds = clients[current], seconds[current]
         if anchor < 0:
-            anchor = min(times, key=lambda client: times[client])
-            target = times[anchor]
-        elif anchor in times:
-            target += 0.3 * (times[anchor] - target)
-        for client, seconds in times.items():
-            empty = np.flatnonzero(np.isnan(recent[client]))
-            recent[client, empty[0]] = seconds
-            if len(empty) > 1 or client == anchor:
-                recent[client] = np.nan if len(empty) == 1 else recent[client]
-                continue
-            phi = float(np.median(recent[client]))
-            recent[client] = np.nan
-            if abs(phi / target - 1) > self.tolerance:
-                ideal = rate[client] * target / phi
-                stepped = np.clip(ideal, self.step * rate[client], 1.0)
-                rate[client] = max(np.floor(stepped * self.grid + 1e-6) / self.grid, self.floor)
+            anchor, target = int(clients[seconds.argmin()]), float(seconds.min())
+        elif anchor in clients:
+            target += 0.3 * (float(seconds[clients == anchor][0]) - target)
+
+        place = np.isnan(recent[clients]).argmax(1)  # the first empty one
+        recent[clients, place] = seconds
+        full = clients[place == self.interval - 1]
+        phi = np.median(recent[full], axis=1)
+        recent[full] = np.nan
+        ideal = np.clip(rate[full] * target / phi, self.step * rate[full], 1.0)
+        stepped = np.maximum(np.floor(ideal * self.grid + 1e-6) / self.grid, self.floor)
+        moving = (np.abs(phi / target - 1) > self.tolerance) & (full != anchor)
+        rate[full[moving]] = stepped[moving]
         return {"rate": rate, "recent": recent, "anchor": np.array(anchor), "target": np.array(target)}

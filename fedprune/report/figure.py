@@ -19,7 +19,7 @@ from fedprune.record import RunRecord
 INK = "#222222"
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000", "#ff9933", "#663300")
 """Paul Tol's "bright" scheme, told apart by colour-blind readers, and three more."""
-PART_COLOURS = {"download": "#88ccee", "training": "#4477aa", "teacher": "#aa3377", "upload": "#66ccee", "waiting": "#dddddd"}
+PART_COLOURS = {"download": "#88ccee", "training": "#4477aa", "teacher": "#aa3377", "upload": "#44aa99", "waiting": "#dddddd"}
 
 
 def draw(records: Mapping[str, Sequence[RunRecord]], path: Path) -> None:
@@ -34,7 +34,7 @@ def draw(records: Mapping[str, Sequence[RunRecord]], path: Path) -> None:
     target = next((s["target"] for rs in records.values() for r in rs if (s := r.finished) and s["target"]), None)
     if target is not None:
         left.axhline(target, color=INK, linewidth=0.8, linestyle=":")
-        left.annotate("target", (1, target), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        left.annotate(" target", (0, target), xycoords=("axes fraction", "data"), ha="left", va="bottom", fontsize=8)
     left.set_xlabel("virtual time [s]")
     left.set_ylabel("validation NDCG@10, expected 1+99")
     left.set_xlim(left=0)
@@ -78,6 +78,6 @@ def _bars(axes: Any, means: Mapping[str, Sequence[Mapping[str, float]]]) -> None
             axes.barh(names, width, left=start, color=PART_COLOURS[part], label=part, height=0.65)
         start += width
     axes.invert_yaxis()
-    axes.set_xlabel("mean seconds of a client-round (modelled)")
+    axes.set_xlabel("mean seconds per client and round (modelled)")
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(-0.02, 1.0), handlelength=1.0)
-    axes.set_title("Where they go", loc="left", fontsize=10, pad=22)
+    axes.set_title("Where a client's seconds go", loc="left", fontsize=10, pad=22)

@@ -142,14 +142,21 @@ def test_the_clock_moves_when_everybody_misses_the_deadline(row: Row):
         assert any(done.reports for done in rounds), "late reports were to be kept"
 
 
+def test_partial_work_meets_the_deadline_it_is_cut_for():
+    """To a bit: who does as much as fits must not be late by a rounding error."""
+    here = world(build("fedprox", within=20.0), noise=0.05)
+    rounds = here.rounds(8)
+    work = [report.work for done in rounds for report in done.reports]
+    assert sum(share < 1 for share in work) > 40 and min(work) > 0.05
+    assert not [event for done in rounds for event in done.lost]
+
+
 def resumed(row: Row, saved: World, fleet: str) -> World:
     """A new process: nothing but the server's state, the snapshot and the private rows."""
     here = world(row.strategy(), fleet=fleet, noise=0.1, dropout=0.1)
     clock, jobs = saved.fleet.snapshot()
     kept = saved.population.private
-    here.population.private = Private(
-        copied(kept.values), copied(kept.first), copied(kept.second), kept.steps.clone()
-    )
+    here.population.private = Private(copied(kept.values), copied(kept.first), copied(kept.second), kept.steps.clone())
     here.fleet.restore(clock, [replace(job) for job in jobs])
     here.state = replace(saved.state, model=copied(saved.state.model), optimiser=copied(saved.state.optimiser))
     return here
@@ -186,9 +193,7 @@ LIMITS = [
 @pytest.mark.parametrize(("row", "where"), LIMITS, ids=str)
 def test_equals_fedavg_at_its_neutral_setting(row: Row, where: dict, fleet: str, optimiser: ServerOptimiser | None):
     merge = Merge(optimiser=optimiser) if optimiser else Merge()
-    strategy, fedavg = (
-        trained_with(build(r.name, **r.settings), Objective(), merge) for r in (row, Row("fedavg"))
-    )
+    strategy, fedavg = (trained_with(build(r.name, **r.settings), Objective(), merge) for r in (row, Row("fedavg")))
     here, rival = (world(s, fleet=fleet, **where) for s in (strategy, fedavg))
     here.rounds(3)
     rival.rounds(3)
