@@ -22,7 +22,7 @@ run: $(VENV)/.run
 check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/basedpyright
 
 test: check
 	$(BIN)/python -m pytest

@@ -69,8 +69,8 @@ def fedprox(*, within: Seconds, mu: float = 0.1, epochs: int = 1, cohort: int | 
     """A deadline that the slow meet with partial work, held near the received model by a proximal term.
 
     Li et al. 2020, arXiv:1812.06127, algorithm 2: h_k(w; w_t) = F_k(w) + mu/2 ||w - w_t||^2. Differs from the paper: partial
-    work is a share of the examples that follows from the device's speed, where the paper draws a random number of epochs. Equals fedavg
-    at mu 0 and an infinite deadline.
+    work is a share of the examples that follows from the device's speed, where the paper draws a random number of epochs.
+    Equals fedavg at mu 0 and an infinite deadline.
     """
     return Strategy(
         "fedprox",
@@ -109,13 +109,15 @@ def adaptcl(
     while all times are equal.
     """
     return Strategy(
-        "adaptcl", selector=Uniform(cohort), rates=EqualTime(interval, step, floor=floor, grid=grid), pruning=Importance()
+        "adaptcl",
+        selector=Uniform(cohort),
+        rates=EqualTime(interval, step, floor=floor, grid=grid),
+        pruning=Importance(),
     )
 
 
 CATALOG: dict[str, Callable[..., Strategy]] = {
-    row.__name__: row
-    for row in (fedavg, drop_weak, smallest, skip, deadline, fedprox, heterofl, window, adaptcl)
+    row.__name__: row for row in (fedavg, drop_weak, smallest, skip, deadline, fedprox, heterofl, window, adaptcl)
 }
 
 

@@ -76,7 +76,10 @@ def list_(
     with _refusals(as_json):
         tables = {
             "strategies": (("name", "what it does"), [(n, _first_line(row)) for n, row in CATALOG.items()]),
-            "recommenders": (("name", "what it is"), [(n, _first_line(r)) for n, r in recommenders.RECOMMENDERS.items()]),
+            "recommenders": (
+                ("name", "what it is"),
+                [(n, _first_line(r)) for n, r in recommenders.RECOMMENDERS.items()],
+            ),
             "datasets": (
                 ("name", "domain", "users", "items", "rows", "terms"),
                 [(d.name, d.domain, d.users, d.items, d.rows, d.terms) for d in datasets()],
@@ -84,7 +87,15 @@ def list_(
             "devices": (
                 ("name", "GFLOP/s", "Mbit/s down", "Mbit/s up", "W idle", "W training", "source"),
                 [
-                    (d.name, d.flops / 1e9, d.bytes_down * 8e-6, d.bytes_up * 8e-6, d.watts_idle, d.watts_training, d.source)
+                    (
+                        d.name,
+                        d.flops / 1e9,
+                        d.bytes_down * 8e-6,
+                        d.bytes_up * 8e-6,
+                        d.watts_idle,
+                        d.watts_training,
+                        d.source,
+                    )
                     for d in DEVICES.values()
                 ]
                 + [
@@ -115,7 +126,7 @@ def _say(result: object, as_json: bool) -> None:
         print(json.dumps(result))
 
 
-class _refusals:  # noqa: N801 - reads as what the block does
+class _refusals:
     """Turns refusals into one line and exit code 2, and Ctrl-C into a word on how to go on."""
 
     def __init__(self, as_json: bool) -> None:

@@ -84,7 +84,11 @@ def report(out: Path, *, quiet: bool = False) -> Comparison:
 
 
 def _published(
-    runs: list[dict[str, Any]], compared: Mapping[str, Mapping[str, float]], records: list[RunRecord], out: Path, quiet: bool
+    runs: list[dict[str, Any]],
+    compared: Mapping[str, Mapping[str, float]],
+    records: list[RunRecord],
+    out: Path,
+    quiet: bool,
 ) -> Comparison:
     """Write the files, say where they are, and show the table."""
     groups: dict[str, list[RunRecord]] = {}
@@ -127,9 +131,7 @@ def _watched(settings: Settings, out: Path, progress: Progress, split: Any) -> d
     return summary
 
 
-def _in_parallel(
-    several: Sequence[Settings], out: Path, jobs: int, threads: int, progress: Progress
-) -> list[dict[str, Any]]:
+def _in_parallel(several: Sequence[Settings], out: Path, jobs: int, threads: int, progress: Progress) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(jobs, mp_context=context) as pool:
         news = manager.dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -81,8 +82,6 @@ class Settings(BaseModel):
 
     def of(self, strategy: str) -> tuple[Settings, dict[str, Any]]:
         """Settings for one strategy, its table applied, and the arguments for its row of the catalog."""
-        import inspect
-
         if strategy not in CATALOG:
             raise ConfigError(unknown("strategy", strategy, CATALOG))
         own = inspect.signature(CATALOG[strategy]).parameters
@@ -100,7 +99,7 @@ class Settings(BaseModel):
 
     def identity(self) -> str:
         """`<strategy>-<hash of settings that differ from their defaults>`: a new setting at its default renames nothing."""
-        default = Settings()
+        default = Settings.model_validate({})
         changed = {
             name: value
             for name, value in self.model_dump().items()

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
+from typing import Any
 
 import numpy as np
 
@@ -153,7 +154,13 @@ class FullReport:
 
 
 def linear(
-    clients: int, sigma: float, average: FullReport, *, device_class: str = "balanced", report_seconds: float = 10.0, seed: int = 0
+    clients: int,
+    sigma: float,
+    average: FullReport,
+    *,
+    device_class: str = "balanced",
+    report_seconds: float = 10.0,
+    seed: int = 0,
 ) -> DeviceTable:
     """Slowness spread evenly over 1..sigma and dealt out at random: the spread of AdaptCL's and most other experiments.
 
@@ -169,13 +176,14 @@ def linear(
         raise ConfigError(unknown("device class", device_class, CLASSES))
     slowness = np.linspace(1.0, sigma, clients) if clients > 1 else np.ones(1)
     slowness = slowness[stream(seed, "slowness").permutation(clients)]
+    watts: dict[str, Any] = {name: np.full(clients, value) for name, value in PHONE_WATTS.items()}
     down, training, up = (share * report_seconds for share in CLASSES[device_class])
     return DeviceTable(
         f"linear 1..{sigma:g}, {device_class}",
         average.flops / training / slowness,
         average.bytes_down / down / slowness,
         average.bytes_up / up / slowness,
-        **{name: np.full(clients, watts) for name, watts in PHONE_WATTS.items()},
+        **watts,
         slowness=slowness,
         seed=seed,
     )
@@ -197,7 +205,7 @@ def phones(clients: int, average: FullReport, *, seed: int = 0) -> DeviceTable:
     milliseconds = np.interp(rng.uniform(size=clients), table["p"], table["computation_ms"])
     bandwidth = np.interp(rng.uniform(size=clients), table["p"], table["communication_kbps"]) * 1e3 / 8
     flops = PHONE_SAMPLE_FLOPS / (milliseconds / 1e3)
-    watts = {name: np.full(clients, value) for name, value in PHONE_WATTS.items()}
+    watts: dict[str, Any] = {name: np.full(clients, value) for name, value in PHONE_WATTS.items()}
     return _with_slowness("phones", flops, bandwidth, bandwidth, watts, average, seed)
 
 
@@ -221,7 +229,13 @@ def named(mix: Mapping[str, int], clients: int, average: FullReport, *, seed: in
 
 
 def _with_slowness(
-    name: str, flops: FloatArray, down: FloatArray, up: FloatArray, watts: dict[str, FloatArray], average: FullReport, seed: int
+    name: str,
+    flops: FloatArray,
+    down: FloatArray,
+    up: FloatArray,
+    watts: dict[str, Any],
+    average: FullReport,
+    seed: int,
 ) -> DeviceTable:
     seconds = average.flops / flops + average.bytes_down / down + average.bytes_up / up
     return DeviceTable(name, flops, down, up, **watts, slowness=seconds / seconds.min(), seed=seed)
@@ -230,5 +244,3 @@ def _with_slowness(
 def disturbed(table: DeviceTable, *, noise: float = 0.0, availability: float = 1.0, dropout: float = 0.0) -> DeviceTable:
     """The same devices with timing noise, gaps of availability, and clients that vanish in the middle of an order."""
     return replace(table, noise=noise, availability=availability, dropout=dropout)
-
-

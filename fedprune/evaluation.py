@@ -75,9 +75,7 @@ def average(per_user: PerUser, users: NDArray[np.bool_] | None = None) -> dict[s
     """
     chosen = np.ones(len(per_user.user), dtype=bool) if users is None else users[per_user.user]
     if not chosen.any():
-        raise DataError(
-            f"none of the {len(per_user.user)} evaluated users is in the mask; an average needs at least 1."
-        )
+        raise DataError(f"none of the {len(per_user.user)} evaluated users is in the mask; an average needs at least 1.")
     return {
         f"{name}{per_user.k}_{protocol}": float(getattr(per_user, f"{name}_{protocol}")[chosen].mean())
         for protocol in ("full", "expected", "draw")

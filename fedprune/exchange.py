@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from torch import Tensor
 
 from fedprune.objective import Objective
 from fedprune.submodel import Submodel
-from fedprune.types import Bytes, ClientId, FloatArray, IntArray, Joules, Rate, Seconds, Tensors, Ticket, Version
+from fedprune.types import Bytes, ClientId, FloatArray, IntArray, Rate, Seconds, Tensors, Ticket, Version
 
 PARTS = ("download", "training", "teacher", "upload")
 """What a client's time and energy go to while it is busy; then it may wait for the others."""
@@ -48,6 +48,26 @@ class Cost:
     parameters: int
     watts_waiting: float | None = None
     source: Literal["modelled", "measured"] = "modelled"
+
+    def cut_off(self, after: Seconds) -> Cost:
+        """What was spent by a client that vanished `after` seconds: it downloads first, then trains, then uploads."""
+        left, shares = after, {}
+        for part in PARTS:
+            seconds = getattr(self.seconds, part)
+            shares[part] = min(1.0, left / seconds) if seconds > 0 else 1.0
+            left = max(0.0, left - seconds)
+        spent = [
+            None if split is None else Split(*(getattr(split, part) * shares[part] for part in PARTS))
+            for split in (self.seconds, self.joules)
+        ]
+        return replace(
+            self,
+            seconds=spent[0] or self.seconds,
+            joules=spent[1],
+            bytes_down=round(self.bytes_down * shares["download"]),
+            bytes_up=round(self.bytes_up * shares["upload"]),
+            flops=self.flops * shares["training"],
+        )
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from fedprune.fleet import SerialFleet, VectorFleet, VirtualFleet
 from fedprune.merge import Adam, Average, Merge
 from fedprune.objective import Objective
 from fedprune.population import Population
-from fedprune.record import RunRecord, ledger_rows, line
 from fedprune.recommenders import Recommender
+from fedprune.record import RunRecord, ledger_rows, line
 from fedprune.report.summary import summarise
 from fedprune.serving import listen, own_submodels, scorer
 from fedprune.strategy import ServerState, Strategy, one_round
@@ -96,13 +96,16 @@ def recommender_of(settings: Settings, train: Interactions) -> Recommender:
     """The recommender for this catalogue and population."""
     extra = {"hidden": settings.hidden} if settings.recommender in ("mlp", "neumf") else {}
     return recommenders.build(
-        settings.recommender, users=train.users, items=train.items, latent=settings.latent, scale=settings.scale, **extra
+        settings.recommender,
+        users=train.users,
+        items=train.items,
+        latent=settings.latent,
+        scale=settings.scale,
+        **extra,
     )
 
 
-def devices_of(
-    settings: Settings, population: Population, recommender: Recommender, objective: Objective
-) -> DeviceTable:
+def devices_of(settings: Settings, population: Population, recommender: Recommender, objective: Objective) -> DeviceTable:
     """The clients' devices. A linear fleet is sized by what an average client's full report costs."""
     layout, examples = recommender.layout, float(population.examples_of_client(objective).mean())
     rows = float(population.rows_of_client(objective).mean()) if settings.rows == "touched" else population.items
@@ -119,14 +122,10 @@ def devices_of(
             table = phones(clients, average_report, seed=settings.seed)
         case "named":
             table = named(settings.mix, clients, average_report, seed=settings.seed)
-    return disturbed(
-        table, noise=settings.noise, availability=settings.availability, dropout=settings.dropout
-    )
+    return disturbed(table, noise=settings.noise, availability=settings.availability, dropout=settings.dropout)
 
 
-def run(
-    settings: Settings, folder: Path, *, split: Split | None = None, watch: Watcher | None = None
-) -> dict[str, Any]:
+def run(settings: Settings, folder: Path, *, split: Split | None = None, watch: Watcher | None = None) -> dict[str, Any]:
     """Run one strategy once, or go on with it, or say what it came to if it is finished.
 
     Returns:
@@ -185,7 +184,12 @@ def evaluate(experiment: Experiment, state: ServerState, silent: list[int] | Non
     Args:
         silent: clients that have never had an order; they fit their private rows to the model first (`serving.listen`).
     """
-    settings, fleet, recommender, split = experiment.settings, experiment.fleet, experiment.recommender, experiment.split
+    settings, fleet, recommender, split = (
+        experiment.settings,
+        experiment.fleet,
+        experiment.recommender,
+        experiment.split,
+    )
     fleet.settle()
     if silent and settings.listen_steps:
         listen(
@@ -221,9 +225,7 @@ def submodels_of(experiment: Experiment, state: ServerState) -> list[Submodel]:
     roster = Roster(everybody, len(everybody), fleet.devices.slowness)
     rates = strategy.rates.propose(state.rates, everybody, roster, layout.smallest_rate)
     pruning = strategy.pruning.prepare(state.pruning, state.model, layout)
-    return [
-        strategy.pruning.carve(pruning, layout, client, state.version, rate) for client, rate in enumerate(rates.tolist())
-    ]
+    return [strategy.pruning.carve(pruning, layout, client, state.version, rate) for client, rate in enumerate(rates.tolist())]
 
 
 def slow_users(experiment: Experiment) -> np.ndarray:
@@ -285,5 +287,3 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
-
-

@@ -73,8 +73,8 @@ class Merge:
         over: "holders" divides by those who trained the coordinate (HeteroFL; AdaptCL's by-unit); "cohort" by all who
             reported, so that who lacks it votes for the old value (FedMP's R2SP).
         weights: w_k: "equal"; "examples" (FedAvg's n_k); "period": merges since the model was sent, plus one, so that who
-            reports every s-th round counts s-fold; "coverage": 1 / rate, so that each unit is expected to count alike
-            however seldom a client trains it (Horvitz & Thompson 1952).
+            reports every s-th round counts s-fold; "coverage": 1 / (trained share of the axes), so that each unit is
+            expected to count alike however seldom a client trains it (Horvitz & Thompson 1952).
         optimiser: the server's step.
     """
 
@@ -88,9 +88,7 @@ class Merge:
         if self.weights not in ("equal", "examples", "period", "coverage"):
             raise ConfigError(f'merge weights "{self.weights}"; they are equal, examples, period or coverage')
 
-    def __call__(
-        self, model: Tensors, memory: Tensors, layout: Layout, reports: Sequence[Report]
-    ) -> tuple[Tensors, Tensors]:
+    def __call__(self, model: Tensors, memory: Tensors, layout: Layout, reports: Sequence[Report]) -> tuple[Tensors, Tensors]:
         """The next model and the optimiser's next memory; neither argument is changed.
 
         Reports are taken in the order of their tickets: float addition does not commute bit for bit.
@@ -98,16 +96,15 @@ class Merge:
         if not reports:
             return model, memory
         reports = sorted(reports, key=lambda r: r.order.ticket)
-        weight = torch.tensor([self.weight(report) for report in reports])
-        stacks: dict[int, tuple[Updates, list[int], list[float]]] = {}
+        weight = torch.tensor([self.weight(report, layout) for report in reports])
+        stacks: dict[int, tuple[Updates, list[tuple[int, float]]]] = {}
         for report, w in zip(reports, weight.tolist(), strict=True):
-            _, places, ws = stacks.setdefault(id(report.updates), (report.updates, [], []))
-            places.append(report.position)
-            ws.append(w)
+            stacks.setdefault(id(report.updates), (report.updates, []))[1].append((report.position, w))
         sums = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
         covered = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
-        for updates, places, ws in stacks.values():
-            _add_stack(sums, covered, layout, updates, places, torch.tensor(ws))
+        for updates, members in stacks.values():
+            places, weights = zip(*sorted(members), strict=True)
+            _add_stack(sums, covered, layout, updates, list(places), torch.tensor(weights))
         memory, merged = dict(memory), {}
         for name, tensor in model.items():
             held = covered[name] > 0
@@ -116,7 +113,7 @@ class Merge:
             merged[name] = tensor + self.optimiser.step(memory, name, mean, held)
         return merged, memory
 
-    def weight(self, report: Report) -> float:
+    def weight(self, report: Report, layout: Layout) -> float:
         """w_k of one report."""
         match self.weights:
             case "equal":
@@ -126,15 +123,14 @@ class Merge:
             case "period":
                 return float(1 + report.staleness)
             case "coverage":
-                return 1.0 / report.order.rate
+                submodel, full = report.order.submodel, layout.full
+                return len(full) / sum(submodel.trained_widths[axis] / size for axis, size in full.items())
 
 
-def _add_stack(
-    sums: Tensors, covered: Tensors, layout: Layout, updates: Updates, places: list[int], weight: Tensor
-) -> None:
-    """Add the weighted updates of some clients of a stack, and the weights themselves where they trained."""
+def _add_stack(sums: Tensors, covered: Tensors, layout: Layout, updates: Updates, places: list[int], weight: Tensor) -> None:
+    """Add the weighted updates of some clients of a stack (places ascending), and the weights themselves where they trained."""
     clients = torch.tensor(places)
-    whole = len(places) == len(updates.submodels) and places == sorted(places)
+    whole = len(places) == len(updates.submodels)
     submodels = [updates.submodels[place] for place in places]
     same = len({s.key for s in submodels}) == 1
     items = next((layout.axes[a].size for a in layout.axes if layout.axes[a].touched), 0)
@@ -165,9 +161,7 @@ def _outer(first: Tensor, factors: list[Tensor]) -> Tensor:
     return torch.einsum(f"{terms}->{letters[: 1 + len(factors)]}", first, *factors)
 
 
-def _add_deltas(
-    total: Tensor, layout: Layout, dimensions: tuple, submodels: list, delta: Tensor, rows: Tensor | None
-) -> None:
+def _add_deltas(total: Tensor, layout: Layout, dimensions: tuple, submodels: list, delta: Tensor, rows: Tensor | None) -> None:
     """Add `[clients, (rows,) held...]` into the full tensor; clients that hold the same units go in together."""
     groups: dict[bytes, list[int]] = {}
     for place, submodel in enumerate(submodels):

@@ -172,11 +172,11 @@ class Population:
 
     def take(self, users: Tensor, columns: dict[str, tuple[Tensor, ...]]) -> Private:
         """Private rows of a stack `[clients, users, ...]`, cut to the held columns of each tensor."""
-        cut = [
+        values, first, second = (
             {name: _columns(tensor[users], columns[name]) for name, tensor in part.items()}
             for part in (self.private.values, self.private.first, self.private.second)
-        ]
-        return Private(*cut, self.private.steps[users])
+        )
+        return Private(values, first, second, self.private.steps[users])
 
     def put(self, users: Tensor, columns: dict[str, tuple[Tensor, ...]], trained: Private, real: Tensor) -> None:
         """Write trained rows back; `real` `[clients, users]` leaves padding out."""

@@ -76,13 +76,9 @@ def rank_held_out(
         part = users[start : start + chunk]
         scores = scorer(part)
         if scores.ndim != 2 or len(scores) != len(part):
-            raise DataError(
-                f"the scorer returned {list(scores.shape)} for {len(part)} users; it must return [users, items]."
-            )
+            raise DataError(f"the scorer returned {list(scores.shape)} for {len(part)} users; it must return [users, items].")
         if bad := int(torch.isnan(scores).sum()):
-            raise DataError(
-                f"{bad:,} of {scores.numel():,} scores are NaN: the model has diverged; lower its learning rate."
-            )
+            raise DataError(f"{bad:,} of {scores.numel():,} scores are NaN: the model has diverged; lower its learning rate.")
         counts = starts[part + 1] - starts[part]
         row = np.repeat(np.arange(len(part)), counts)
         column = seen_item[np.repeat(starts[part] - np.cumsum(counts) + counts, counts) + np.arange(len(row))]

@@ -1,12 +1,12 @@
 """Run folders: what happened, one line per round, and a checkpoint from which a killed run goes on to the same end.
 
-    <out>/<strategy>-<hash>/seed0/
-        run.json          settings and versions
-        events.jsonl      one line per round, with an evaluation where there was one; every reported number is computed from it
-        ledger/*.parquet  one row per client-round: seconds and joules by part, bytes, rate, staleness, discarded
-        state.safetensors the last checkpoint; removed when the run is finished
-        model.safetensors the global model of the best round by validation
-        summary.json      written last: its presence says that the run is finished
+<out>/<strategy>-<hash>/seed0/
+    run.json          settings and versions
+    events.jsonl      one line per round, with an evaluation where there was one; every reported number is computed from it
+    ledger/*.parquet  one row per client-round: seconds and joules by part, bytes, rate, staleness, discarded
+    state.safetensors the last checkpoint; removed when the run is finished
+    model.safetensors the global model of the best round by validation
+    summary.json      written last: its presence says that the run is finished
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def line(happened: Round) -> dict[str, Any]:
         "examples": sum(r.examples for r in reports),
         "flops": float(sum(c.flops for c, _ in done)),
         "bytes_down": sum(c.bytes_down for c, _ in done),
-        "bytes_up": sum(r.cost.bytes_up for r in reports) + sum(e.cost.bytes_up for e in happened.lost if e.reason == "too late"),
+        "bytes_up": sum(c.bytes_up for c, _ in done),
         "seconds": seconds,
         "joules": joules,
         "source": "modelled" if all(c.source == "modelled" for c, _ in done) else "measured",
@@ -162,7 +162,8 @@ def line(happened: Round) -> dict[str, Any]:
 
 def ledger_rows(happened: Round) -> dict[str, list]:
     """One row per client-round, as columns."""
-    entries: list[tuple[Report | Lost, bool]] = [(r, False) for r in happened.reports] + [(e, True) for e in happened.lost]
+    entries: list[tuple[Report | Lost, bool]] = [(report, False) for report in happened.reports]
+    entries += [(lost, True) for lost in happened.lost]
     columns: dict[str, list] = {"version": [happened.version] * len(entries)}
     columns["client"] = [e.order.client for e, _ in entries]
     columns["ticket"] = [e.order.ticket for e, _ in entries]
@@ -195,7 +196,7 @@ def save_state(path: Path, state: ServerState, fleet: VirtualFleet, extra: Mappi
     tensors: Tensors = {f"model/{n}": t for n, t in state.model.items()}
     tensors |= {f"optimiser/{n}": t for n, t in state.optimiser.items()}
     for part in ("selection", "rates", "pruning"):
-        tensors |= {f"{part}/{n}": torch.from_numpy(np.ascontiguousarray(a)) for n, a in getattr(state, part).items()}
+        tensors |= {f"{part}/{n}": torch.from_numpy(np.array(a)) for n, a in getattr(state, part).items()}
     for part in ("values", "first", "second"):
         tensors |= {f"private.{part}/{n}": t for n, t in getattr(private, part).items()}
     tensors["private.steps"] = private.steps
@@ -219,9 +220,7 @@ def save_state(path: Path, state: ServerState, fleet: VirtualFleet, extra: Mappi
     save(path, tensors, {"fedprune": json.dumps(about)})
 
 
-def load_state(
-    path: Path, fresh: ServerState, fleet: VirtualFleet, strategy: Strategy
-) -> tuple[ServerState, dict[str, Any]]:
+def load_state(path: Path, fresh: ServerState, fleet: VirtualFleet, strategy: Strategy) -> tuple[ServerState, dict[str, Any]]:
     """Put a fresh fleet and a fresh server into the state of a checkpoint."""
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["fedprune"])

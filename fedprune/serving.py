@@ -17,9 +17,7 @@ from fedprune.training import train
 from fedprune.types import IntArray, Tensors
 
 
-def scorer(
-    recommender: Recommender, model: Tensors, private: Tensors, submodels: Sequence[Submodel] | None = None
-) -> Scorer:
+def scorer(recommender: Recommender, model: Tensors, private: Tensors, submodels: Sequence[Submodel] | None = None) -> Scorer:
     """Scores of the whole catalogue for a chunk of users.
 
     Args:
@@ -52,10 +50,17 @@ def scorer(
 
 
 def listen(
-    recommender: Recommender, population: Population, model: Tensors, clients: Sequence[int], objective: Objective, *,
-    steps: int, seed: int, version: int,
+    recommender: Recommender,
+    population: Population,
+    model: Tensors,
+    clients: Sequence[int],
+    objective: Objective,
+    *,
+    steps: int,
+    seed: int,
+    version: int,
 ) -> None:
-    """Clients that never get an order fit their private rows to the served model on their own: else they could be shown nothing.
+    """Clients that never get an order fit their private rows to the served model, or they could be shown nothing.
 
     `steps` Adam steps with the rest of the model frozen and fresh negatives, continuing from where they were. They upload
     nothing, nobody waits for them, and their time is not in the ledger: it is part of serving.
@@ -75,9 +80,7 @@ def listen(
         }
         private = population.take(examples.users, columns)
         for _ in range(steps):
-            private = train(
-                recommender.score, recommender.layout, received, private, examples, objective, frozen=True
-            ).private
+            private = train(recommender.score, recommender.layout, received, private, examples, objective, frozen=True).private
         real = examples.users != examples.users[:, :1]
         real[:, 0] = True
         population.put(examples.users, columns, private, real)

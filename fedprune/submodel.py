@@ -40,9 +40,7 @@ class Submodel:
         return cls({name: np.arange(axis.size) for name, axis in layout.prunable.items()})
 
     @classmethod
-    def checked(
-        cls, layout: Layout, held: Mapping[str, IntArray], trained: Mapping[str, IntArray] | None = None
-    ) -> Submodel:
+    def checked(cls, layout: Layout, held: Mapping[str, IntArray], trained: Mapping[str, IntArray] | None = None) -> Submodel:
         """A submodel that fits the layout.
 
         Raises:

@@ -114,16 +114,8 @@ def _batches(examples: Examples, size: int | None, key: np.ndarray | None, epoch
         chosen = order[:, step * size : (step + 1) * size]
         item_at = (rows if examples.item_at is None else examples.item_at).gather(1, chosen)  # type: ignore[union-attr]
         user_at = None if examples.user_at is None else examples.user_at.gather(1, chosen)
-        parts.append(
-            Examples(
-                examples.users,
-                examples.rows,
-                examples.present,
-                *(t.gather(1, chosen) for t in (examples.label, examples.weight, examples.age)),
-                item_at,
-                user_at,
-            )
-        )
+        label, weight, age = (t.gather(1, chosen) for t in (examples.label, examples.weight, examples.age))
+        parts.append(Examples(examples.users, examples.rows, examples.present, label, weight, age, item_at, user_at))
     return parts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,12 +65,12 @@ class WarmStart:
         return model, private
 
 
-def normalised(train: Interactions, norm: float) -> sparse.csr_array:
+def normalised(train: Interactions, norm: float) -> sparse.csr_matrix:
     """X `[users, items]`; a client's row needs its own degree and the (summed) item degrees."""
     degree_user = np.diff(train.starts).clip(min=1).astype(float)
     degree_item = np.bincount(train.item, minlength=train.items).clip(min=1).astype(float)
     values = degree_user[train.user] ** -norm * degree_item[train.item] ** -norm
-    return sparse.csr_array((values, (train.user, train.item)), shape=(train.users, train.items))
+    return sparse.csr_matrix((values, (train.user, train.item)), shape=(train.users, train.items))
 
 
 def contribution(row: FloatArray, basis: FloatArray) -> FloatArray:
@@ -77,19 +78,20 @@ def contribution(row: FloatArray, basis: FloatArray) -> FloatArray:
     return np.outer(row, row @ basis)
 
 
-def subspace(rows: sparse.csr_array, rank: int, iterations: int, seed: int) -> tuple[FloatArray, FloatArray]:
-    """Leading right singular vectors `[items, rank]` of X and singular values, by orthogonal iteration.
+def subspace(rows: Any, rank: int, iterations: int, seed: int) -> tuple[FloatArray, FloatArray]:
+    """Leading right singular vectors `[items, rank]` of X and singular values `[rank]`, by orthogonal iteration.
 
-    If the catalogue has fewer items or users than `rank`, what is missing is random and orthogonal.
+    `rows` is X, a scipy sparse matrix `[users, items]`. What a catalogue of fewer than `rank` items cannot give is zero.
     """
-    basis = np.linalg.qr(stream(seed, "warm start").normal(size=(rows.shape[1], rank)))[0]
-    summed = basis
+    found = min(rank, rows.shape[1])
+    basis = np.linalg.qr(stream(seed, "warm start").normal(size=(rows.shape[1], found)))[0]
     for _ in range(iterations):
-        summed = rows.T @ (rows @ basis)  # the sum over clients of `contribution`
-        basis = np.linalg.qr(summed)[0]
+        basis = np.linalg.qr(rows.T @ (rows @ basis))[0]  # the sum over clients of `contribution`
     values, rotation = np.linalg.eigh(basis.T @ (rows.T @ (rows @ basis)))
     order = np.argsort(values)[::-1]
-    return basis @ rotation[:, order], np.sqrt(np.maximum(values[order], 0.0))
+    missing = rank - found
+    vectors = np.pad(basis @ rotation[:, order], ((0, 0), (0, missing)))
+    return vectors, np.pad(np.sqrt(np.maximum(values[order], 0.0)), (0, missing))
 
 
 def _scaled(values: FloatArray, scale: float) -> torch.Tensor:

@@ -66,7 +66,18 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(rows))
         return
-    heads = ("strategy", "first round", "aligned round", "after", "spread", "mean rate", "150 rounds", "NDCG@10", "1+99", "slow users'")
+    heads = (
+        "strategy",
+        "first round",
+        "aligned round",
+        "after",
+        "spread",
+        "mean rate",
+        "150 rounds",
+        "NDCG@10",
+        "1+99",
+        "slow users'",
+    )
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     for strategy in dict.fromkeys(row["strategy"] for row in rows):
         own_rows = [row for row in rows if row["strategy"] == strategy]
@@ -80,14 +91,15 @@ def main() -> None:
         after = mean("aligned_after_rounds")
         lines.append(
             f"| {strategy} | {mean('first_round_over_fastest'):.2f} | {mean('aligned_round_over_fastest'):.2f} | "
-            f"{'never' if np.isnan(after) else f'{after:.0f} rounds'} | {mean('aligned_spread'):.2f} | {mean('aligned_mean_rate'):.2f} | "
+            f"{'never' if np.isnan(after) else f'{after:.0f} rounds'} | {mean('aligned_spread'):.2f} | "
+            f"{mean('aligned_mean_rate'):.2f} | "
             f"{mean('virtual_seconds'):,.0f} s | {mean('ndcg10_full'):.4f} | {mean('ndcg10_expected'):.4f} "
             f"±{spread('ndcg10_expected'):.4f} | {mean('ndcg10_expected_slow'):.4f} |"
         )
     lines += [
         "",
-        f"{arguments.seeds} seeds. Round times in units of the fastest silo's time for the whole model; aligned: mean over the last "
-        "half of the rounds; spread: slowest over fastest update then. Modelled, 3 % timing noise.",
+        f"{arguments.seeds} seeds. Round times in units of the fastest silo's time for the whole model; aligned: mean over "
+        "the last half of the rounds; spread: slowest over fastest update then. Modelled, 3 % timing noise.",
         "",
     ]
     table = "\n".join(lines)

@@ -379,9 +379,7 @@ def test_small_alpha_concentrates_tastes():
 
 def test_tastes_tell_two_groups_apart():
     user = np.repeat(np.arange(40), 5)
-    item = np.concatenate(
-        [np.random.default_rng(user).choice(8, 5, replace=False) + 8 * (user % 2) for user in range(40)]
-    )
+    item = np.concatenate([np.random.default_rng(user).choice(8, 5, replace=False) + 8 * (user % 2) for user in range(40)])
     data = arrange("own", user, item, user_ids=list(map(str, range(40))), item_ids=list(map(str, range(16))))
     taste = tastes(data)
     assert not set(taste[::2]) & set(taste[1::2])

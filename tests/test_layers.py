@@ -101,9 +101,7 @@ def test_every_module_imports(path: Path):
 
 def test_no_file_is_too_long():
     paths = [*files(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "simulations").rglob("*.py")]
-    long = {
-        str(path.relative_to(ROOT)): count for path in paths if (count := len(path.read_text().splitlines())) > LONGEST
-    }
+    long = {str(path.relative_to(ROOT)): count for path in paths if (count := len(path.read_text().splitlines())) > LONGEST}
     assert not long, f"over {LONGEST} lines: {long}"
 
 

@@ -151,9 +151,7 @@ def same(one: Tensors, other: Tensors) -> bool:
 
 
 def close(one: Tensors, other: Tensors, atol: float = 1e-5) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.allclose(one[name], other[name], atol=atol, rtol=1e-5) for name in one
-    )
+    return one.keys() == other.keys() and all(torch.allclose(one[name], other[name], atol=atol, rtol=1e-5) for name in one)
 
 
 def finite(tensors: Tensors) -> bool:

@@ -104,9 +104,7 @@ def _places(info: DatasetInfo) -> list[Path]:
     if named := os.environ.get(FOLDER):
         own = Path(named).expanduser()
         if not own.is_dir():
-            raise DataError(
-                f'the environment variable {FOLDER} names "{own}", which is no folder; create it or unset it.'
-            )
+            raise DataError(f'the environment variable {FOLDER} names "{own}", which is no folder; create it or unset it.')
         # ratings.csv is the name of a file in several sets, so that one must lie in a folder of its own.
         folders = [own / info.name, *([own] if info.content else []), *folders]
     return [folder / file for folder in folders for file in info.files]

@@ -112,9 +112,7 @@ def arrange(
     if min_interactions < 1:
         raise DataError(f"min_interactions is {min_interactions}; it must be at least 1, where nothing is left out.")
     said = list(notes)
-    order = (
-        np.argsort(user, kind="stable") if time is None else np.lexsort((time, user))
-    )  # both stable: ties keep order
+    order = np.argsort(user, kind="stable") if time is None else np.lexsort((time, user))  # both stable: ties keep order
     _, first = np.unique(user[order] * len(item_ids) + item[order], return_index=True)
     if repeated := len(order) - len(first):
         said.append(f"{repeated:,} of {len(order):,} rows dropped: the user already had the item (the first counts).")

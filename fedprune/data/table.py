@@ -11,13 +11,11 @@ from fedprune.data.times import numbers_of
 from fedprune.errors import DataError
 
 NAMES = {
-    "user": "user userid uid customer customerid visitor visitorid reviewer reviewerid member memberid account "
-    "accountid",
+    "user": "user userid uid customer customerid visitor visitorid reviewer reviewerid member memberid account accountid",
     "item": "item itemid iid movie movieid product productid article articleid track trackid song songid artist "
     "artistid book bookid isbn parentasin asin business businessid game gameid news newsid poi poiid",
     "rating": "rating ratings stars score overall",
-    "time": "timestamp time unixtimestamp unixreviewtime datetime date transactiondt transactiondate createdat "
-    "eventtime",
+    "time": "timestamp time unixtimestamp unixreviewtime datetime date transactiondt transactiondate createdat eventtime",
 }
 """What a column may be called, best name first; case, underscores, hyphens and RecBole's `:type` do not count."""
 SUFFIXES = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".data": "\t", ".dat": "::", ".parquet": ""}
@@ -75,8 +73,7 @@ def clean(frame: pl.DataFrame, name: str) -> tuple[pl.DataFrame, list[str]]:
     rows = frame.height
     frame = frame.with_columns(pl.col("user", "item").cast(pl.String).str.strip_chars())
     frame = frame.with_columns(
-        pl.when(pl.col(column).is_in(NO_ID)).then(None).otherwise(pl.col(column)).alias(column)
-        for column in ("user", "item")
+        pl.when(pl.col(column).is_in(NO_ID)).then(None).otherwise(pl.col(column)).alias(column) for column in ("user", "item")
     )
     if "rating" in frame.columns:
         rating = frame["rating"].cast(pl.Float64, strict=False)
@@ -127,9 +124,7 @@ def _named(frame: pl.DataFrame, path: Path) -> pl.DataFrame:
     found: dict[str, str] = {}
     for column in reversed(frame.columns):  # of two equal names the first one wins
         found[column.split(":")[0].strip().lower().replace("_", "").replace("-", "").replace(" ", "")] = column
-    chosen = {
-        role: next((found[name] for name in names.split() if name in found), None) for role, names in NAMES.items()
-    }
+    chosen = {role: next((found[name] for name in names.split() if name in found), None) for role, names in NAMES.items()}
     if missing := [role for role in ("user", "item") if chosen[role] is None]:
         raise DataError(
             f"{path} has no column for the {' and the '.join(missing)}; it has "

@@ -71,6 +71,7 @@ class Stacked:
     def __call__(
         self, recommender: Recommender, population: Population, orders: Sequence[Order], work: Sequence[float]
     ) -> list[Result]:
+        """Group by what is held, sort by examples (little padding then), cut into stacks."""
         groups: dict[tuple[int, bytes, int], list[int]] = {}
         for place, order in enumerate(orders):
             groups.setdefault((id(order.model), order.submodel.held_key, id(order.objective)), []).append(place)
@@ -96,9 +97,7 @@ def _stacks(places: list[int], sizes: list[int], limit: int) -> list[list[int]]:
     return stacks
 
 
-def _train_stack(
-    recommender: Recommender, population: Population, orders: list[Order], work: list[float]
-) -> list[Result]:
+def _train_stack(recommender: Recommender, population: Population, orders: list[Order], work: list[float]) -> list[Result]:
     layout, first = recommender.layout, orders[0]
     tickets = [order.ticket for order in orders]
     share = None if all(w == 1.0 for w in work) else work
@@ -119,17 +118,14 @@ def _train_stack(
     updates = Updates(submodels, examples.rows, examples.present, trained.update)
     stack = Stack(population, examples.users, _real(examples.users), columns, trained.private)
     counts, losses = examples.count.int().tolist(), trained.loss.tolist()
-    return [
-        Result(updates, place, counts[place], losses[place], stack) for place in range(len(orders))
-    ]
+    return [Result(updates, place, counts[place], losses[place], stack) for place in range(len(orders))]
 
 
 def private_columns(recommender: Recommender, submodel: Submodel) -> dict[str, tuple[Tensor, ...]]:
     """Held columns of every private tensor, per dimension after the first."""
     layout = recommender.layout
     return {
-        name: tuple(positions(layout, d, submodel.held) for d in layout.tensors[name][1:])
-        for name in layout.named("private")
+        name: tuple(positions(layout, d, submodel.held) for d in layout.tensors[name][1:]) for name in layout.named("private")
     }
 
 

@@ -92,8 +92,9 @@ class VirtualFleet:
         work, costs = self._charge(orders)
         vanishing = self.devices.drops_out([o.ticket for o in orders])
         for order, share, cost, vanishes in zip(orders, work, costs, vanishing, strict=True):
-            duration = cost.seconds.total * (1.0 if vanishes is None else vanishes)
-            job = Job(order, self._clock + duration, cost, share, vanishes is not None)
+            if vanishes is not None:
+                cost = cost.cut_off(vanishes * cost.seconds.total)
+            job = Job(order, self._clock + cost.seconds.total, cost, share, vanishes is not None)
             self._jobs[order.ticket] = job
             heapq.heappush(self._heap, (job.arrives, order.ticket))
 
@@ -119,7 +120,14 @@ class VirtualFleet:
             self._finished.append(result)
             if job.wanted:
                 return Report(
-                    job.order, result.updates, result.position, result.examples, result.loss, job.cost, arrives, job.work
+                    job.order,
+                    result.updates,
+                    result.position,
+                    result.examples,
+                    result.loss,
+                    job.cost,
+                    arrives,
+                    job.work,
                 )
         if before is not None:
             self._clock = max(self._clock, before)
@@ -234,7 +242,7 @@ class VirtualFleet:
         return share.tolist(), self.devices.costs(clients, tickets, flops * share, down, up, sizes)
 
 
-def SerialFleet(  # noqa: N802 - reads as the kind of fleet it makes
+def SerialFleet(
     recommender: Recommender,
     population: Population,
     devices: DeviceTable,
@@ -245,7 +253,7 @@ def SerialFleet(  # noqa: N802 - reads as the kind of fleet it makes
     return VirtualFleet(recommender, population, devices, trainer=one_by_one, workload=workload)
 
 
-def VectorFleet(  # noqa: N802
+def VectorFleet(
     recommender: Recommender,
     population: Population,
     devices: DeviceTable,

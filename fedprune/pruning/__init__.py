@@ -68,7 +68,7 @@ class Window:
 class Importance:
     """The most important units by an order that is constant, identical for everybody, and global over all axes' tensors.
 
-    A unit's importance is the Euclidean norm of everything it owns in the model at the first round:
+    A unit's importance is the squared Euclidean norm of everything it owns in the model at the first round:
     sum over tensors that name its axis. A smaller submodel is then part of every larger one, which AdaptCL's successor found
     essential (FedPAGE, Zhou et al. 2024: "structural similarity between sub-models").
 
@@ -125,5 +125,3 @@ def _norms(model: Tensors, layout: Layout, axis: str) -> np.ndarray:
                     total += squared[start : start + width].cpu().numpy()
                 start += width
     return total
-
-

@@ -66,10 +66,8 @@ class ByCapability:
     def propose(self, memory: Memory, clients: IntArray, roster: Roster, smallest: Rate) -> FloatArray:
         """1 / slowness, rounded down to a level, but not below the lowest."""
         share = 1.0 / roster.slowness[clients]
-        if self.powers:
-            levels = np.exp2(np.floor(np.log2(share) + 1e-9))
-        else:
-            levels = np.floor(share * self.grid + 1e-9) / self.grid
+        halves, steps = np.exp2(np.floor(np.log2(share) + 1e-9)), np.floor(share * self.grid + 1e-9) / self.grid
+        levels = halves if self.powers else steps
         return np.clip(levels, max(1.0 / self.grid, smallest), 1.0)
 
     def learn(self, memory: Memory, reports: Sequence[Report], lost: Sequence[Lost], population: int) -> Memory:
@@ -83,8 +81,8 @@ class EqualTime:
 
     Every client starts with the whole model. Whenever `interval` new times of a client are in, its rate moves by one
     proportional step towards the target, phi*: rate <- rate * phi* / phi, where phi is the median of the new times. The target
-    is anchored to the client that was fastest with the whole model, which keeps it; its time is smoothed. A moving minimum
-    over all clients instead would race to the bottom under 3 % of timing noise.
+    is anchored to the client that was fastest in the first round, which keeps the whole model; its time is smoothed. A
+    moving minimum over all clients instead would race to the bottom under 3 % of timing noise.
 
     Zhou et al. 2021, arXiv:2106.14126. Differs from the paper: its constants and its interpolation are not public; the
     proportional step, the anchor and the numbers here are ours.

@@ -18,18 +18,14 @@ def gmf(*, users: int, items: int, latent: int = 32, scale: float = 0.05) -> Rec
     return _ncf("gmf", users, items, latent, (), scale)
 
 
-def mlp(
-    *, users: int, items: int, latent: int = 32, hidden: Sequence[int] = (32, 16), scale: float = 0.05
-) -> Recommender:
+def mlp(*, users: int, items: int, latent: int = 32, hidden: Sequence[int] = (32, 16), scale: float = 0.05) -> Recommender:
     """s = h . phi_L(...phi_1([p_u, q_i])) + b_i, a tower of ReLU layers on the concatenation (section 3.3)."""
     if not hidden:
         raise ConfigError("an mlp needs at least one hidden layer; for none take gmf or mf")
     return _ncf("mlp", users, items, latent, tuple(hidden), scale)
 
 
-def neumf(
-    *, users: int, items: int, latent: int = 32, hidden: Sequence[int] = (32, 16), scale: float = 0.05
-) -> Recommender:
+def neumf(*, users: int, items: int, latent: int = 32, hidden: Sequence[int] = (32, 16), scale: float = 0.05) -> Recommender:
     """s = h . [p_u * q_i, phi_L(...)] + b_i: both halves, each with embeddings of its own (section 3.4).
 
     Differs from the paper: no separate pre-training of the halves; an item bias, which costs nothing and helps MF too.

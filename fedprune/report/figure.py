@@ -19,7 +19,13 @@ from fedprune.record import RunRecord
 INK = "#222222"
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000", "#ff9933", "#663300")
 """Paul Tol's "bright" scheme, told apart by colour-blind readers, and three more."""
-PART_COLOURS = {"download": "#88ccee", "training": "#4477aa", "teacher": "#aa3377", "upload": "#44aa99", "waiting": "#dddddd"}
+PART_COLOURS = {
+    "download": "#88ccee",
+    "training": "#4477aa",
+    "teacher": "#aa3377",
+    "upload": "#44aa99",
+    "waiting": "#dddddd",
+}
 
 
 def draw(records: Mapping[str, Sequence[RunRecord]], path: Path) -> None:

@@ -24,9 +24,7 @@ def summarise(
     best = max(evaluated, key=lambda e: e["evaluation"]["validation"]["ndcg10_expected"])
     test = best["evaluation"]["test"]
     target = settings.get("target")
-    reached = [
-        e for e in evaluated if target is not None and e["evaluation"]["validation"]["ndcg10_expected"] >= target
-    ]
+    reached = [e for e in evaluated if target is not None and e["evaluation"]["validation"]["ndcg10_expected"] >= target]
     seconds = {part: sum(e["seconds"][part] for e in rounds) for part in (rounds[0]["seconds"] if rounds else {})}
     reports = sum(e["reports"] for e in rounds)
     known = all(e["joules"] is not None for e in rounds)

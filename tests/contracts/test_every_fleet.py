@@ -166,7 +166,11 @@ def test_a_snapshot_does_not_change_when_the_fleet_goes_on(fleet: str):
         pass
     again = world(fleet=fleet)
     again.fleet.restore(clock, jobs)
-    assert {again.fleet.next().order.ticket for _ in range(3)} == {0, 1, 2} and again.fleet.next() is None
+    again.fleet.abandon([2])
+    assert {again.fleet.next().order.ticket for _ in range(2)} == {0, 1}
+    thrice = world(fleet=fleet)
+    thrice.fleet.restore(clock, jobs)
+    assert {thrice.fleet.next().order.ticket for _ in range(3)} == {0, 1, 2} and thrice.fleet.next() is None
 
 
 @every_fleet
@@ -196,8 +200,7 @@ def test_fleets_agree_on_silos(model: str, batch: int | None):
     owner = silos(train(), 5, by="quantity", seed=3)
     strategy = Strategy(objective=Objective(lr=0.3, batch=batch, epochs=2, private_steps=1, recency=2.0))
     start, serial, vector = (
-        world(strategy, model=model, fleet=fleet, client_of_user=owner, noise=0.1)
-        for fleet in ("serial", "serial", "vector")
+        world(strategy, model=model, fleet=fleet, client_of_user=owner, noise=0.1) for fleet in ("serial", "serial", "vector")
     )
     serial.rounds(3)
     vector.rounds(3)

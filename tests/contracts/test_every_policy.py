@@ -9,7 +9,7 @@ import pytest
 import torch
 from world import recommender
 
-from fedprune.axes import Layout
+from fedprune.axes import Axis, Layout
 from fedprune.errors import LayoutError
 from fedprune.pruning import Importance, Leading, Pruning, Window
 from fedprune.submodel import Submodel
@@ -75,6 +75,15 @@ def test_too_small_a_rate_is_refused_with_the_smallest(name: str):
         with pytest.raises(LayoutError, match=r"not in \(0, 1\]"):
             carve(rate)
     carve(carve.layout.smallest_rate)
+
+
+def test_widths_are_the_nearest_whole_numbers():
+    layout = Layout.of({"ten": Axis(10), "three": Axis(3)}, one="ten three")
+    assert [layout.widths(rate) for rate in (0.28, 0.34, 0.9)] == [
+        {"ten": 3, "three": 1},
+        {"ten": 3, "three": 1},
+        {"ten": 9, "three": 3},
+    ]
 
 
 @pytest.mark.parametrize("name", NESTED)

@@ -63,11 +63,7 @@ def test_layout_covers_every_tensor(name: str):
 
     users, items = np.arange(3), torch.arange(6).reshape(3, 2)
     stacked = {
-        key: t[items]
-        if key in what.layout.named("touched")
-        else t[:3, None]
-        if key in private
-        else t.expand(3, *t.shape)
+        key: t[items] if key in what.layout.named("touched") else t[:3, None] if key in private else t.expand(3, *t.shape)
         for key, t in (model | private).items()
     }
     what.score(Watched(stacked))
@@ -128,9 +124,7 @@ def test_users_per_example_score_like_a_user_per_client(name: str):
     model, private = drawn(what)
     items = torch.tensor([[0, 7, 39], [1, 1, 2]])
     one = scores(what, model, private, np.array([3, 8]), items)
-    tensors = {
-        key: t[items] if what.layout.kind(key) == "touched" else t.expand(2, *t.shape) for key, t in model.items()
-    }
+    tensors = {key: t[items] if what.layout.kind(key) == "touched" else t.expand(2, *t.shape) for key, t in model.items()}
     tensors |= {key: t[torch.tensor([[3, 3, 3], [8, 8, 8]])] for key, t in private.items()}
     torch.testing.assert_close(what.score(tensors), one, atol=1e-5, rtol=1e-5)
 

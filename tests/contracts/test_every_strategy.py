@@ -77,9 +77,7 @@ def test_another_seed_is_another_run():
 @every_strategy
 @pytest.mark.parametrize(("model", "batch"), [("mf", None), ("mf", 8), ("neumf", None)])
 def test_all_fleets_agree(row: Row, model: str, batch: int | None):
-    serial, vector = (
-        world(row.strategy(batch=batch), model=model, fleet=name, noise=0.1) for name in ("serial", "vector")
-    )
+    serial, vector = (world(row.strategy(batch=batch), model=model, fleet=name, noise=0.1) for name in ("serial", "vector"))
     for one, other in zip(serial.rounds(4), vector.rounds(4), strict=True):
         assert [(r.order.ticket, r.finished, r.examples) for r in one.reports] == [
             (r.order.ticket, r.finished, r.examples) for r in other.reports
@@ -134,9 +132,7 @@ def test_the_clock_moves_when_everybody_misses_the_deadline(row: Row):
     assert all(done.ended > done.began for done in rounds)
     assert sum(len(done.orders) for done in rounds[1:]), "nobody was ever idle again"
     if strategy.gather.late == "drop":
-        assert all(event.reason == "too late" for event in rounds[0].lost) and len(rounds[0].lost) == len(
-            rounds[0].orders
-        )
+        assert all(event.reason == "too late" for event in rounds[0].lost) and len(rounds[0].lost) == len(rounds[0].orders)
         assert same(here.state.model, before)
     else:
         assert any(done.reports for done in rounds), "late reports were to be kept"

@@ -40,9 +40,7 @@ def test_item_knn_by_brute_force(train, dense, neighbours, shrink, block):
     for i in range(items):
         for j in range(items):
             together = dense[:, i] @ dense[:, j]
-            similar[i, j] = (
-                0 if i == j else together / (np.linalg.norm(dense[:, i]) * np.linalg.norm(dense[:, j]) + shrink)
-            )
+            similar[i, j] = 0 if i == j else together / (np.linalg.norm(dense[:, i]) * np.linalg.norm(dense[:, j]) + shrink)
     got = item_knn(train, neighbours=neighbours, shrink=shrink, block=block)(EVERYBODY).numpy()
     for j in range(items):
         column = similar[:, j]

@@ -51,9 +51,7 @@ def table(**settings: float) -> DeviceTable:
 
 def test_seconds_and_joules_of_a_device():
     clients = np.array([1, 0])
-    costs = table().costs(
-        clients, [0, 1], np.array([400.0, 400.0]), np.array([40.0, 40.0]), np.array([20.0, 20.0]), [7, 8]
-    )
+    costs = table().costs(clients, [0, 1], np.array([400.0, 400.0]), np.array([40.0, 40.0]), np.array([20.0, 20.0]), [7, 8])
     fast, slow = costs
     assert (slow.seconds.download, slow.seconds.training, slow.seconds.teacher, slow.seconds.upload) == (4, 4, 0, 4)
     assert (slow.joules.download, slow.joules.training, slow.joules.upload) == (8, 12, 8)
@@ -69,9 +67,7 @@ def test_noise_is_lognormal_and_multiplies_the_whole_order():
     ones = np.ones(many)
     costs = table(noise=0.3).costs(np.zeros(many, int), range(many), 400 * ones, 40 * ones, 20 * ones, [1] * many)
     factor = np.array([cost.seconds.total / 12 for cost in costs])
-    assert np.log(factor).mean() == pytest.approx(0.0, abs=0.02) and np.log(factor).std() == pytest.approx(
-        0.3, abs=0.015
-    )
+    assert np.log(factor).mean() == pytest.approx(0.0, abs=0.02) and np.log(factor).std() == pytest.approx(0.3, abs=0.015)
     assert all(cost.seconds.download == pytest.approx(cost.seconds.training) for cost in costs[:50])
 
 

@@ -120,10 +120,7 @@ def test_fixed_draws_average_to_the_expectation():
     scores = table(rng.integers(0, 40, size=(30, 200)))
     seen = np.repeat(np.arange(30), 5), np.tile(np.arange(5), 30)
     held_out = rng.integers(5, 200, 30)
-    draws = [
-        quality(rank_held_out(scores, seen, held_out, negatives=20, draw_seed=seed), k=5).ndcg_draw
-        for seed in range(60)
-    ]
+    draws = [quality(rank_held_out(scores, seen, held_out, negatives=20, draw_seed=seed), k=5).ndcg_draw for seed in range(60)]
     expected = quality(rank_held_out(scores, seen, held_out, negatives=20), k=5).ndcg_expected
     error = np.std(draws, axis=0).mean() / np.sqrt(60 * 30)
     assert abs(np.mean(draws) - expected.mean()) < 4 * error

@@ -102,6 +102,28 @@ def test_local_steps(settings: dict):
         assert got.loss == pytest.approx(expected["loss"], abs=1e-6)
 
 
+@pytest.mark.parametrize("model", ["gmf", "neumf"])
+def test_rows_move_by_the_sum_and_what_is_shared_by_the_mean(model: str):
+    """-lr times autograd's gradient of sum_i BCE for item rows, and of its mean over examples for shared tensors."""
+    here = world(fleet="serial", model=model)
+    sent, what = order(here, CLIENT, 0, lr=0.3), here.fleet.recommender
+    drawn = here.population.draw([CLIENT], [0], sent.objective, sent.seed)
+    whole = {name: tensor.clone().requires_grad_() for name, tensor in sent.model.items()}
+    own = {name: tensor[CLIENT][None, None] for name, tensor in here.private.items()}
+    stacked = {n: t[drawn.rows] if what.layout.kind(n) == "touched" else t[None] for n, t in whole.items()}
+    score = what.score(stacked | own)[0]
+    torch.nn.functional.binary_cross_entropy_with_logits(score, drawn.label[0], reduction="sum").backward()
+    here.fleet.send([sent])
+    got = here.fleet.next()
+    for name, update in got.updates.tensors.items():
+        gradient = whole[name].grad
+        if what.layout.kind(name) == "touched":
+            expected = -0.3 * gradient[drawn.rows[0]]
+        else:
+            expected = -0.3 * gradient / drawn.label.shape[1]
+        torch.testing.assert_close(update[0], expected, atol=1e-6, rtol=1e-4)
+
+
 def test_other_clients_keep_their_rows():
     here = world(fleet="serial")
     before = here.private["user_embedding"].clone()

@@ -76,7 +76,6 @@ def test_every_embedding_starts_warm_and_nothing_else_changes(name: str):
         assert (after is not before) == (what.layout.kind(key) != "shared")
 
 
-@pytest.mark.xfail(strict=True, reason="subspace returns min(items, rank) vectors, though its docstring promises rank")
 def test_more_dimensions_than_items():
     what = mf(users=USERS, items=ITEMS, latent=ITEMS + 8)
     model, private = WarmStart()(what, train(), what.initial(0), what.initial_private(0), seed=0)

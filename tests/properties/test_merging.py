@@ -25,9 +25,7 @@ LAYOUT = Layout.of(
     bias="hidden",
     output="1 latent+hidden",
 )
-MODEL: Tensors = {
-    name: torch.randn(LAYOUT.shape(name), generator=torch.Generator().manual_seed(1)) for name in LAYOUT.tensors
-}
+MODEL: Tensors = {name: torch.randn(LAYOUT.shape(name), generator=torch.Generator().manual_seed(1)) for name in LAYOUT.tensors}
 
 
 @some.composite
@@ -99,9 +97,7 @@ def trained(sent: Report) -> Tensors:
     for name, dimensions in LAYOUT.tensors.items():
         on = torch.ones(())
         for dimension in dimensions:
-            on = on[..., None] * (
-                there if dimension == ("item",) else mask(LAYOUT, dimension, sent.order.submodel.trained)
-            )
+            on = on[..., None] * (there if dimension == ("item",) else mask(LAYOUT, dimension, sent.order.submodel.trained))
         result[name] = on
     return result
 
@@ -121,7 +117,7 @@ def test_the_order_of_reports_does_not_matter_to_a_bit(reports: list[Report], me
 def test_equals_the_definition(reports: list[Report], merge: Merge):
     """mean_j = sum_k w_k m_kj d_kj / sum_k w_k m_kj (or / sum_k w_k), one client and coordinate at a time."""
     merged, _ = Merge(merge.over, merge.weights)(MODEL, {}, LAYOUT, reports)
-    weight = [merge.weight(sent) for sent in reports]
+    weight = [merge.weight(sent, LAYOUT) for sent in reports]
     updates, masks = [dense(sent) for sent in reports], [trained(sent) for sent in reports]
     for name, tensor in MODEL.items():
         total = sum(w * update[name] for w, update in zip(weight, updates, strict=True))
@@ -137,7 +133,7 @@ def test_the_cohort_conserves_mass(reports: list[Report], weights: str):
     """What the model gains, times all the weight, is what the clients sent."""
     merge = Merge(over="cohort", weights=weights)
     merged, _ = merge(MODEL, {}, LAYOUT, reports)
-    weight = [merge.weight(sent) for sent in reports]
+    weight = [merge.weight(sent, LAYOUT) for sent in reports]
     for name, tensor in MODEL.items():
         sent = sum(w * float(dense(r)[name].double().sum()) for w, r in zip(weight, reports, strict=True))
         gained = float((merged[name] - tensor).double().sum()) * sum(weight)

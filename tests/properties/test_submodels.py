@@ -152,9 +152,7 @@ def test_cost_grows_with_the_rate(layout: Layout, one: float, other: float):
 @given(cuts())
 def test_equal_submodels_are_equal_and_others_are_not(cut: tuple):
     layout, submodel, _, _ = cut
-    again = Submodel(
-        {a: u.copy() for a, u in submodel.held.items()}, {a: u.copy() for a, u in submodel.trained.items()}
-    )
+    again = Submodel({a: u.copy() for a, u in submodel.held.items()}, {a: u.copy() for a, u in submodel.trained.items()})
     assert again == submodel and hash(again) == hash(submodel)
     full = Submodel.full(layout)
     whole = all(len(submodel.trained[axis]) == kind.size for axis, kind in layout.prunable.items())

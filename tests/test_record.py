@@ -1,0 +1,116 @@
+"""A run that was killed goes on from its last checkpoint and ends as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from files import settings
+
+from fedprune.config import read
+from fedprune.errors import RecordError
+from fedprune.experiment import run
+from fedprune.record import RunRecord
+
+CHANGES = {
+    "fedavg": [],
+    "skip": ["skip.pace=1.5", "skip.private_steps=1"],
+    "window": [],
+    "adaptcl": ["adaptcl.interval=1"],
+    "deadline": ["deadline.within=25.0"],
+}
+
+
+def _chosen(folder: Path, strategy: str):
+    return read(settings(folder), [f"strategy={strategy}", *CHANGES[strategy]])
+
+
+def _run_until(folder: str, out: str, strategy: str, version: int) -> None:
+    """In a process of its own: run, and be killed right after a round, before anything can be tidied up."""
+    torch.set_num_threads(1)
+
+    def watch(event: dict) -> None:
+        if event["version"] == version:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(_chosen(Path(folder), strategy), Path(out), watch=watch)
+
+
+def _content(folder: Path) -> dict:
+    (run_folder,) = folder.glob("*/seed0")
+    parts = sorted((run_folder / "ledger").glob("*.parquet"))
+    return {
+        "events": (run_folder / "events.jsonl").read_text(),
+        "model": (run_folder / "model.safetensors").read_bytes(),
+        "summary": (run_folder / "summary.json").read_text(),
+        "ledger": pl.concat([pl.read_parquet(part) for part in parts]).rows(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kills"),
+    [("fedavg", [0]), ("skip", [2, 4]), ("skip", [7]), ("window", [5]), ("adaptcl", [4, 9]), ("deadline", [3, 8])],
+)
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, strategy: str, kills: list[int]) -> None:
+    context = multiprocessing.get_context("spawn")
+    for version in kills:
+        process = context.Process(target=_run_until, args=(str(tmp_path), str(tmp_path / "killed"), strategy, version))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+    resumed = run(_chosen(tmp_path, strategy), tmp_path / "killed")
+    straight = run(_chosen(tmp_path, strategy), tmp_path / "straight")
+    assert resumed == straight
+    assert _content(tmp_path / "killed") == _content(tmp_path / "straight")
+
+
+def test_a_line_cut_in_the_middle_is_dropped(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_run_until, args=(str(tmp_path), str(tmp_path / "cut"), "fedavg", 7))
+    process.start()
+    process.join(60)
+    (folder,) = (tmp_path / "cut").glob("*/seed0")
+    with (folder / "events.jsonl").open("a") as file:
+        file.write('{"version": 6, "beg')
+    resumed = run(_chosen(tmp_path, "fedavg"), tmp_path / "cut")
+    assert resumed == run(_chosen(tmp_path, "fedavg"), tmp_path / "straight")
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    first = run(_chosen(tmp_path, "fedavg"), tmp_path / "out")
+    assert run(_chosen(tmp_path, "fedavg"), tmp_path / "out", watch=lambda event: pytest.fail("ran again")) == first
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    run(_chosen(tmp_path, "fedavg"), tmp_path / "out")
+    (folder,) = (tmp_path / "out").glob("*/seed0")
+    about = json.loads((folder / "run.json").read_text())
+    about["settings"]["latent"] = 4
+    (folder / "run.json").write_text(json.dumps(about))
+    with pytest.raises(RecordError, match="latent"):
+        run(_chosen(tmp_path, "fedavg"), tmp_path / "out")
+
+
+def test_ledger_and_events_agree(tmp_path: Path) -> None:
+    """Sums of the client-rounds are the rounds' sums: seconds and joules by part, bytes, counts."""
+    run(_chosen(tmp_path, "skip"), tmp_path / "out")
+    (folder,) = (tmp_path / "out").glob("*/seed0")
+    ledger = pl.concat([pl.read_parquet(p) for p in sorted((folder / "ledger").glob("*.parquet"))])
+    rounds = [event for event in RunRecord(folder).events() if event["version"] >= 0]
+    assert len(rounds) == 12
+    for event in rounds:
+        rows = ledger.filter(pl.col("version") == event["version"])
+        assert rows.height == event["reports"] + event["lost"]
+        for kind in ("seconds", "joules"):
+            for part, total in event[kind].items():
+                assert rows[f"{kind}_{part}"].sum() == pytest.approx(total)
+        assert rows["bytes_down"].sum() == event["bytes_down"]
+        assert rows["discarded"].sum() == event["lost"]
+    assert all(a["ended"] <= b["began"] for a, b in itertools.pairwise(rounds))
