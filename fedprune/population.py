@@ -106,6 +106,17 @@ class Population:
         """Upper bound of the touched rows per client (reached with one user per client)."""
         return np.minimum(self.examples_of_client(objective), self.items)
 
+    def stacks(self, clients: Sequence[ClientId], objective: Objective, limit: int) -> list[list[int]]:
+        """Positions in `clients`, sorted by examples (so there is little padding) and cut near `limit` padded examples."""
+        sizes = self.examples_of_client(objective)[np.asarray(clients)]
+        stacks: list[list[int]] = []
+        for place in np.argsort(sizes, kind="stable").tolist():
+            if stacks and (len(stacks[-1]) + 1) * sizes[place] <= limit:
+                stacks[-1].append(place)
+            else:
+                stacks.append([place])
+        return stacks
+
     def _per_client(self, per_user: IntArray) -> IntArray:
         return np.bincount(self.client_of_user, weights=per_user, minlength=self.clients).astype(np.int64)
 

@@ -70,8 +70,8 @@ def listen(
         name: tuple(positions(recommender.layout, d, full.held) for d in recommender.layout.tensors[name][1:])
         for name in recommender.layout.named("private")
     }
-    for start in range(0, len(clients), 64):
-        part = clients[start : start + 64]
+    for stack in population.stacks(clients, objective, 24_576):
+        part = [clients[place] for place in stack]
         tickets = [(version + 1) * population.clients + c for c in part]
         examples = population.draw(part, tickets, objective, seed ^ 0x5EED)
         received = {

@@ -77,24 +77,13 @@ class Stacked:
             groups.setdefault((id(order.model), order.submodel.held_key, id(order.objective)), []).append(place)
         results: list[Result | None] = [None] * len(orders)
         for places in groups.values():
-            size = population.examples_of_client(orders[places[0]].objective)
-            places.sort(key=lambda place: size[orders[place].client])
-            for stack in _stacks(places, [int(size[orders[p].client]) for p in places], self.examples):
+            clients = [orders[place].client for place in places]
+            for members in population.stacks(clients, orders[places[0]].objective, self.examples):
+                stack = [places[member] for member in members]
                 trained = _train_stack(recommender, population, [orders[p] for p in stack], [work[p] for p in stack])
                 for place, result in zip(stack, trained, strict=True):
                     results[place] = result
         return [result for result in results if result is not None]
-
-
-def _stacks(places: list[int], sizes: list[int], limit: int) -> list[list[int]]:
-    """Cut an ascending list of sizes so that members times the largest size stays near the limit."""
-    stacks: list[list[int]] = []
-    for place, size in zip(places, sizes, strict=True):
-        if stacks and (len(stacks[-1]) + 1) * size <= limit:
-            stacks[-1].append(place)
-        else:
-            stacks.append([place])
-    return stacks
 
 
 def _train_stack(recommender: Recommender, population: Population, orders: list[Order], work: list[float]) -> list[Result]:
