@@ -17,7 +17,7 @@ from fedprune.population import Population
 from fedprune.recommenders import Recommender
 from fedprune.types import ClientId, Seconds, Ticket
 
-PREFETCH = 256
+PREFETCH = 1024
 """Orders trained together when the first of them is asked for."""
 
 
