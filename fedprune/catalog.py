@@ -40,7 +40,7 @@ def smallest(*, rate: Rate = 0.0, cohort: int | None = None) -> Strategy:
     return Strategy("smallest", selector=Uniform(cohort), rates=Fixed(rate), pruning=Leading())
 
 
-def skip(*, pace: float = 1.0, private_steps: int = 0, cohort: int | None = None) -> Strategy:
+def skip(*, pace: float = 1.0, cohort: int | None = None) -> Strategy:
     """Whole model, but a device s times slower than the fastest reports every s-th round, with weight s.
 
     The server closes a round when `pace` times its first own report's time has passed; later reports count in the round they
@@ -51,7 +51,6 @@ def skip(*, pace: float = 1.0, private_steps: int = 0, cohort: int | None = None
     return Strategy(
         "skip",
         selector=Uniform(cohort),
-        objective=Objective(private_steps=private_steps),
         gather=Gather(pace=pace, late="keep"),
         merge=Merge(weights="period"),
     )
@@ -65,7 +64,7 @@ def deadline(*, within: Seconds, cohort: int | None = None) -> Strategy:
     return Strategy("deadline", selector=Uniform(cohort), gather=Gather(within=within))
 
 
-def fedprox(*, within: Seconds, mu: float = 0.1, epochs: int = 1, cohort: int | None = None) -> Strategy:
+def fedprox(*, within: Seconds, mu: float = 0.1, cohort: int | None = None) -> Strategy:
     """A deadline that the slow meet with partial work, held near the received model by a proximal term.
 
     Li et al. 2020, arXiv:1812.06127, algorithm 2: h_k(w; w_t) = F_k(w) + mu/2 ||w - w_t||^2. Differs from the paper: partial
@@ -75,7 +74,7 @@ def fedprox(*, within: Seconds, mu: float = 0.1, epochs: int = 1, cohort: int | 
     return Strategy(
         "fedprox",
         selector=Uniform(cohort),
-        objective=Objective(proximal=mu, epochs=epochs, until=within),
+        objective=Objective(proximal=mu, until=within),
         gather=Gather(within=within),
     )
 
@@ -144,17 +143,11 @@ def trained_with(
 ) -> Strategy:
     """The same strategy with an experiment's objective, server optimiser and wire, keeping what the strategy itself decides.
 
-    What a row of the catalog sets differently from the defaults (a proximal term, merge weights) stays.
+    What belongs to the strategy stays: the proximal term, the time limit, and how reports are weighted.
     """
-    own, neutral = strategy.objective, Objective()
-    decided = {
-        name: getattr(own, name)
-        for name in ("proximal", "until", "private_steps", "epochs")
-        if getattr(own, name) != getattr(neutral, name)
-    }
     return replace(
         strategy,
-        objective=replace(objective, **decided),
+        objective=replace(objective, proximal=strategy.objective.proximal, until=strategy.objective.until),
         codec=replace(strategy.codec, rows=rows),
         merge=replace(merge, over=strategy.merge.over, weights=strategy.merge.weights),
     )

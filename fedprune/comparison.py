@@ -43,7 +43,7 @@ def compare(
     Raises:
         FedpruneError: as `experiment.run`; data and settings are checked before anything is started.
     """
-    several = [settings.of(settings.strategy)[0] for settings in several]
+    several = [settings.only(settings.strategy) for settings in several]
     split = read_data(several[0])
     console = Console(stderr=True)
     if not quiet:
@@ -91,9 +91,8 @@ def _published(
     quiet: bool,
 ) -> Comparison:
     """Write the files, say where they are, and show the table."""
-    groups: dict[str, list[RunRecord]] = {}
-    for summary, record in zip(runs, records, strict=True):
-        groups.setdefault(summary["strategy"], []).append(record)
+    folders = {(record.folder.parent.name, summary["seed"]): record for summary, record in zip(runs, records, strict=True)}
+    groups = {name: [folders[run["identity"], run["seed"]] for run in own] for name, own in tables.grouped(runs).items()}
     write(out / "table.md", tables.markdown(runs, compared))
     tables.csv(runs, out / "runs.csv")
     figure.draw(groups, out / "figure.png")

@@ -27,6 +27,8 @@ class Settings(BaseModel):
     silos: int | None = Field(None, ge=1, description="number of silos of users; none: one client per user")
     silos_by: Literal["equal", "quantity", "dirichlet"] = Field("equal", description="how users are dealt to silos")
 
+    silos_alpha: float = Field(0.5, gt=0, description="concentration of the Dirichlet; small: a taste sits in few silos")
+
     # ---- model
     recommender: str = Field("mf", description="see `fedprune list recommenders`")
     latent: int = Field(32, ge=1, description="embedding dimensions")
@@ -91,11 +93,23 @@ class Settings(BaseModel):
         for key in general:
             if key not in Settings.model_fields or key in ("tables", "strategies", "strategy"):
                 raise ConfigError(f"[{strategy}]: {unknown('setting', key, [*own, *_general()])}")
+            if key in COMMON:
+                raise ConfigError(f'[{strategy}]: "{key}" is the same for all that is compared; set it outside the table')
         if self.cohort is not None and "cohort" in own:
             arguments.setdefault("cohort", self.cohort)
         values = self.model_dump() | general | {"strategy": strategy, "strategies": [], "tables": {}}
         values["tables"] = {strategy: arguments} if arguments else {}
         return validated(values), arguments
+
+    def only(self, strategy: str) -> Settings:
+        """These settings for one strategy alone, its table still apart.
+
+        Raises:
+            ConfigError: an unknown strategy, or a bad setting in its table.
+        """
+        self.of(strategy)
+        table = {strategy: self.tables[strategy]} if strategy in self.tables else {}
+        return self.model_copy(update={"strategy": strategy, "strategies": [], "tables": table})
 
     def identity(self) -> str:
         """`<strategy>-<hash of settings that differ from their defaults>`: a new setting at its default renames nothing."""
@@ -107,6 +121,13 @@ class Settings(BaseModel):
         }
         digest = hashlib.blake2b(json.dumps(changed, sort_keys=True).encode(), digest_size=4).hexdigest()
         return f"{self.strategy}-{digest}"
+
+
+COMMON = (
+    "data", "min_interactions", "silos", "silos_by", "silos_alpha", "devices", "sigma", "device_class", "report_seconds", "mix",
+    "workload", "noise", "availability", "dropout", "virtual_seconds", "evaluations", "target", "seed",
+)  # fmt: skip
+"""Settings that runs must share to be comparable."""
 
 
 def _general() -> list[str]:
@@ -159,7 +180,7 @@ def read(path: Path, changes: Sequence[str] = ()) -> Settings:
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
-            value = text
+            value = None if text.strip() in ("none", "null") else text
         *table, name = key.strip().split(".")
         target = values
         for part in table:

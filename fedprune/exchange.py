@@ -125,7 +125,7 @@ class Report:
 
     Attributes:
         examples: how many it trained on, negatives included.
-        loss: mean over them, at the received model.
+        loss: mean over the first step's examples (all of them without `batch`), at the received model.
         finished: when it reached the server.
         work: share of the ordered examples that it did (below 1 where a time limit stopped it).
         staleness: merges between the version it trained on and the one it is merged into.
@@ -146,10 +146,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Lost:
-    """An order whose report the server will never use: the device vanished, or finished too late to be wanted."""
+    """An order whose report the server will never use: the device vanished, was too late to be wanted, or was
+    still at work when the run ended."""
 
     order: Order
-    reason: Literal["dropped out", "too late"]
+    reason: Literal["dropped out", "too late", "unfinished"]
     cost: Cost
     """What it spent all the same, as far as it is known."""
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedprune import catalog, recommenders
 from fedprune.config import Settings
 from fedprune.data import Interactions, Split, leave_one_out, load, one_per_user, silos
 from fedprune.devices import DeviceTable, FullReport, disturbed, linear, named, phones
+from fedprune.errors import ConfigError
 from fedprune.evaluation import average, quality, rank_held_out
 from fedprune.exchange import Roster
 from fedprune.fleet import SerialFleet, VectorFleet, VirtualFleet
@@ -44,6 +46,7 @@ class Experiment:
     strategy: Strategy
     recommender: Recommender
     fleet: VirtualFleet
+    listeners: Population
     state: ServerState
     client_of_user: IntArray
 
@@ -55,7 +58,7 @@ def read_data(settings: Settings) -> Split:
 
 def prepare(settings: Settings, split: Split) -> Experiment:
     """Build everything for the strategy that `settings.strategy` names."""
-    settings, arguments = settings.of(settings.strategy)
+    base, (settings, arguments) = settings, settings.of(settings.strategy)
     train, seed = split.train, settings.seed
     objective = objective_of(settings)
     server = Adam(settings.server_lr) if settings.server == "adam" else Average(settings.server_lr)
@@ -68,13 +71,13 @@ def prepare(settings: Settings, split: Split) -> Experiment:
     if settings.silos is None:
         client_of_user = one_per_user(train.users)
     else:
-        client_of_user = silos(train, settings.silos, settings.silos_by, seed)
+        client_of_user = silos(train, settings.silos, settings.silos_by, seed, settings.silos_alpha)
     population = Population(train, client_of_user, recommender.layout, private)
-    devices = devices_of(settings, population, recommender, objective)
+    devices = devices_of(base, population, recommender_of(base, train), objective_of(base))
     make = VectorFleet if settings.fleet == "vector" else SerialFleet
     fleet = make(recommender, population, devices, workload=settings.workload)
     state = ServerState(model, recommender.layout, seed)
-    return Experiment(settings, split, strategy, recommender, fleet, state, client_of_user)
+    return Experiment(settings, split, strategy, recommender, fleet, population.copy(), state, client_of_user)
 
 
 def objective_of(settings: Settings) -> Objective:
@@ -106,7 +109,10 @@ def recommender_of(settings: Settings, train: Interactions) -> Recommender:
 
 
 def devices_of(settings: Settings, population: Population, recommender: Recommender, objective: Objective) -> DeviceTable:
-    """The clients' devices. A linear fleet is sized by what an average client's full report costs."""
+    """The clients' devices. A linear fleet is sized by what an average client's full report costs.
+
+    Settings are those before a strategy's own table: who does less work finds the same devices, and is faster on them.
+    """
     layout, examples = recommender.layout, float(population.examples_of_client(objective).mean())
     rows = float(population.rows_of_client(objective).mean()) if settings.rows == "touched" else population.items
     size = layout.bytes(layout.full, round(rows))
@@ -134,30 +140,39 @@ def run(settings: Settings, folder: Path, *, split: Split | None = None, watch: 
     Raises:
         FedpruneError: bad settings or data, or a folder that holds another run.
     """
-    settings, _ = settings.of(settings.strategy)
+    settings = settings.only(settings.strategy)
+    split = read_data(settings) if split is None else split
     record = RunRecord(folder / settings.identity() / f"seed{settings.seed}")
-    record.begin({"settings": settings.model_dump(), "versions": _versions()})
+    record.begin({"settings": settings.model_dump(), "versions": _versions(), "data": fingerprint(split)})
     if record.finished is not None:
         return record.finished
-    experiment = prepare(settings, read_data(settings) if split is None else split)
-    state, fleet, progress = experiment.state, experiment.fleet, {"best": None, "flat": 0, "participated": []}
-    resumed = record.resume(state, fleet, experiment.strategy)
+    experiment = prepare(settings, split)
+    settings = experiment.settings
+    state, fleet, progress = experiment.state, experiment.fleet, {"best": None, "flat": 0, "asked": []}
+    resumed = record.resume(state, fleet, experiment.listeners, experiment.strategy)
     if resumed is not None:
         state, progress = resumed
     else:
-        seconds = warm_start_seconds(experiment)
-        fleet.advance(seconds)
-        event = {"version": -1, "began": 0.0, "ended": seconds, "evaluation": evaluate(experiment, state)}
+        event = warm_start_event(experiment)
+        if settings.virtual_seconds is not None and event["ended"] >= settings.virtual_seconds:
+            raise ConfigError(
+                f"the warm start takes {event['ended']:,.0f} virtual seconds, virtual_seconds is "
+                f"{settings.virtual_seconds:,.0f}; raise it, or lower warm_start"
+            )
+        fleet.advance(event["ended"])
+        event["evaluation"] = evaluate(experiment, state)
         record.add(event)
         progress["best"] = event["evaluation"]["validation"]["ndcg10_expected"]
         record.keep_model(state.model)
-    participated = set(progress["participated"])
+    asked = set(progress["asked"])
     while not _over(settings, state, fleet, progress):
         state, happened = one_round(experiment.strategy, state, fleet)
-        participated |= {r.order.client for r in happened.reports}
+        asked |= {order.client for order in happened.orders}
+        if _over(settings, state, fleet, progress):
+            happened = replace(happened, lost=(*happened.lost, *fleet.unfinished()))
         event = line(happened)
         if _due(settings, state.version, happened.began, happened.ended) or _over(settings, state, fleet, progress):
-            silent = [c for c in range(fleet.population.clients) if c not in participated]
+            silent = [c for c in range(fleet.population.clients) if c not in asked]
             event["evaluation"] = evaluate(experiment, state, silent)
             value = event["evaluation"]["validation"]["ndcg10_expected"]
             if value > progress["best"]:
@@ -167,11 +182,12 @@ def run(settings: Settings, folder: Path, *, split: Split | None = None, watch: 
                 progress["flat"] += 1
         record.add(event, ledger_rows(happened))
         if state.version % settings.checkpoint == 0:
-            record.checkpoint(state, fleet, progress | {"participated": sorted(participated)})
+            record.checkpoint(state, fleet, experiment.listeners, progress | {"asked": sorted(asked)})
         if watch is not None:
             watch(event)
-    record.checkpoint(state, fleet, progress | {"participated": sorted(participated)})
+    record.checkpoint(state, fleet, experiment.listeners, progress | {"asked": sorted(asked)})
     summary = summarise(record.events(), settings.model_dump(), ceiling=heterogeneity(experiment))
+    summary = {"identity": record.folder.parent.name} | summary
     record.finish(summary)
     return summary
 
@@ -182,7 +198,8 @@ def evaluate(experiment: Experiment, state: ServerState, silent: list[int] | Non
     Test is computed beside validation so that a record is complete; a summary reads it at the round that validation chose.
 
     Args:
-        silent: clients that have never had an order; they fit their private rows to the model first (`serving.listen`).
+        silent: clients that have never had an order; they fit private rows to the model for serving (`serving.listen`), in
+            a copy of their own, so that evaluating changes nothing of the training.
     """
     settings, fleet, recommender, split = (
         experiment.settings,
@@ -193,11 +210,17 @@ def evaluate(experiment: Experiment, state: ServerState, silent: list[int] | Non
     fleet.settle()
     if silent and settings.listen_steps:
         listen(
-            recommender, fleet.population, state.model, silent, experiment.strategy.objective,
+            recommender, experiment.listeners, state.model, silent, experiment.strategy.objective,
             steps=settings.listen_steps, seed=settings.seed, version=state.version,
         )  # fmt: skip
     slow = slow_users(experiment)
-    private = fleet.population.private.values
+    listening = np.isin(experiment.client_of_user, silent or [])
+    private = {
+        name: torch.where(
+            torch.from_numpy(listening).reshape(-1, *[1] * (rows.dim() - 1)), experiment.listeners.private.values[name], rows
+        )
+        for name, rows in fleet.population.private.values.items()
+    }
     own = own_submodels(experiment.client_of_user, submodels_of(experiment, state))
     result: dict[str, dict[str, float]] = {}
     scorers = {"": scorer(recommender, state.model, private, own)}
@@ -247,22 +270,45 @@ def heterogeneity(experiment: Experiment) -> dict[str, float]:
     }
 
 
-def warm_start_seconds(experiment: Experiment) -> float:
+def warm_start_event(experiment: Experiment) -> dict[str, Any]:
     """What the federated SVD costs before the first round: everybody waits for the slowest in each iteration.
 
     An iteration moves the embeddings down and up once and multiplies a client's own rows by them twice.
     """
     settings, population, devices = experiment.settings, experiment.fleet.population, experiment.fleet.devices
-    if settings.warm_start == 0:
-        return 0.0
-    layout = experiment.recommender.layout
+    layout, times = experiment.recommender.layout, settings.warm_start
     latent = sum(layout.row_entries(n, layout.full) for n in layout.named("touched") if len(layout.tensors[n]) == 2)
     rows = population.positives_of_client.astype(float)
     if settings.workload == "equal":
         rows = np.full_like(rows, rows.mean())
-    moved = 4.0 * latent * (rows if settings.rows == "touched" else population.items)
-    once = moved / devices.bytes_down + moved / devices.bytes_up + 4.0 * latent * rows / devices.flops
-    return float(settings.warm_start * once.max())
+    moved = times * 4.0 * latent * (rows if settings.rows == "touched" else np.full_like(rows, population.items))
+    flops = times * 4.0 * latent * rows
+    parts = {"download": moved / devices.bytes_down, "training": flops / devices.flops, "teacher": np.zeros_like(rows)}
+    parts["upload"] = moved / devices.bytes_up
+    own = sum(parts.values())
+    ended = float(np.max(own))
+    parts["waiting"] = ended - own
+    radio, idle = devices.watts_radio, devices.watts_idle
+    watts = {"download": radio, "training": devices.watts_training, "teacher": idle, "upload": radio, "waiting": idle}
+    return {
+        "version": -1,
+        "began": 0.0,
+        "ended": ended,
+        "flops": float(flops.sum()),
+        "bytes_down": int(moved.sum()),
+        "bytes_up": int(moved.sum()),
+        "seconds": {part: float(seconds.sum()) for part, seconds in parts.items()},
+        "joules": {part: float((seconds * watts[part]).sum()) for part, seconds in parts.items()},
+        "source": "modelled",
+    }
+
+
+def fingerprint(split: Split) -> str:
+    """Tells one data set from another: a digest of who took what, and of what is held out."""
+    digest = hashlib.blake2b(digest_size=8)
+    for array in (split.train.user, split.train.item, split.validation, split.test):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _over(settings: Settings, state: ServerState, fleet: VirtualFleet, progress: dict[str, Any]) -> bool:
@@ -274,8 +320,8 @@ def _over(settings: Settings, state: ServerState, fleet: VirtualFleet, progress:
 def _due(settings: Settings, version: int, began: float, ended: float) -> bool:
     """Whether a round has passed one of the evenly spaced points of evaluation."""
     if settings.virtual_seconds is None:
-        every = max(1, settings.rounds // settings.evaluations)
-        return version % every == 0
+        step = settings.rounds / settings.evaluations
+        return int(version / step) > int((version - 1) / step)
     step = settings.virtual_seconds / settings.evaluations
     return int(ended / step) > int(began / step)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from fedprune.axes import Layout
 from fedprune.errors import ConfigError
 from fedprune.exchange import Report, Updates
-from fedprune.submodel import mask, positions
+from fedprune.submodel import Submodel, mask, positions
 from fedprune.types import Tensors
 
 
@@ -73,8 +74,8 @@ class Merge:
         over: "holders" divides by those who trained the coordinate (HeteroFL; AdaptCL's by-unit); "cohort" by all who
             reported, so that who lacks it votes for the old value (FedMP's R2SP).
         weights: w_k: "equal"; "examples" (FedAvg's n_k); "period": merges since the model was sent, plus one, so that who
-            reports every s-th round counts s-fold; "coverage": 1 / (trained share of the axes), so that each unit is
-            expected to count alike however seldom a client trains it (Horvitz & Thompson 1952).
+            reports every s-th round counts s-fold; "coverage": 1 / (the share of the tensor that k trains), so that each
+            entry is expected to count alike however seldom a client trains it (Horvitz & Thompson 1952).
         optimiser: the server's step.
     """
 
@@ -96,25 +97,27 @@ class Merge:
         if not reports:
             return model, memory
         reports = sorted(reports, key=lambda r: r.order.ticket)
-        weight = torch.tensor([self.weight(report, layout) for report in reports])
-        stacks: dict[int, tuple[Updates, list[tuple[int, float]]]] = {}
-        for report, w in zip(reports, weight.tolist(), strict=True):
-            stacks.setdefault(id(report.updates), (report.updates, []))[1].append((report.position, w))
+        stacks: dict[int, list[Report]] = {}
+        for report in reports:
+            stacks.setdefault(id(report.updates), []).append(report)
         sums = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
         covered = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
-        for updates, members in stacks.values():
-            places, weights = zip(*sorted(members), strict=True)
-            _add_stack(sums, covered, layout, updates, list(places), torch.tensor(weights))
+        cohort = dict.fromkeys(model, 0.0)
+        for members in stacks.values():
+            members.sort(key=lambda r: r.position)
+            weights = {name: torch.tensor([self.weight(r, layout, name) for r in members]) for name in model}
+            _add_stack(sums, covered, layout, members[0].updates, [r.position for r in members], weights)
+            cohort = {name: total + float(weights[name].sum()) for name, total in cohort.items()}
         memory, merged = dict(memory), {}
         for name, tensor in model.items():
             held = covered[name] > 0
-            count = covered[name] if self.over == "holders" else weight.sum()
+            count = covered[name] if self.over == "holders" else torch.tensor(cohort[name])
             mean = torch.where(held, sums[name] / torch.where(held, count, 1.0), 0.0)
             merged[name] = tensor + self.optimiser.step(memory, name, mean, held)
         return merged, memory
 
-    def weight(self, report: Report, layout: Layout) -> float:
-        """w_k of one report."""
+    def weight(self, report: Report, layout: Layout, name: str) -> float:
+        """w_k of one report, for one tensor."""
         match self.weights:
             case "equal":
                 return 1.0
@@ -123,35 +126,42 @@ class Merge:
             case "period":
                 return float(1 + report.staleness)
             case "coverage":
-                submodel, full = report.order.submodel, layout.full
-                return len(full) / sum(submodel.trained_widths[axis] / size for axis, size in full.items())
+                return 1.0 / coverage(report.order.submodel, layout, name)
 
 
-def _add_stack(sums: Tensors, covered: Tensors, layout: Layout, updates: Updates, places: list[int], weight: Tensor) -> None:
+@lru_cache(maxsize=8192)
+def coverage(submodel: Submodel, layout: Layout, name: str) -> float:
+    """Share of a tensor's entries that a submodel trains, rows aside: the product over its dimensions."""
+    share = 1.0
+    for dimension in layout.tensors[name]:
+        share *= layout.extent(dimension, submodel.trained_widths) / layout.extent(dimension, layout.full)
+    return share
+
+
+def _add_stack(sums: Tensors, covered: Tensors, layout: Layout, updates: Updates, places: list[int], weights: Tensors) -> None:
     """Add the weighted updates of some clients of a stack (places ascending), and the weights themselves where they trained."""
-    clients = torch.tensor(places)
     whole = len(places) == len(updates.submodels)
+    clients = torch.tensor(places)
     submodels = [updates.submodels[place] for place in places]
     same = len({s.key for s in submodels}) == 1
+    agreed = submodels[:1] if same else submodels
     items = next((layout.axes[a].size for a in layout.axes if layout.axes[a].touched), 0)
     rows, present = (updates.rows, updates.present) if whole else (updates.rows[clients], updates.present[clients])
-    row_weight = present * weight[:, None]
-    if same:  # one line of weights stands for all clients
-        incidence = torch.zeros(items).index_add_(0, rows.flatten(), row_weight.flatten())[None]
-    else:
-        incidence = torch.zeros(len(places), items).scatter_add_(1, rows, row_weight)
-    agreed = submodels[:1] if same else submodels
-    equal = bool((weight == 1).all())
     for name, stacked in updates.tensors.items():
-        delta = stacked if whole else stacked[clients]
-        delta = delta if equal else delta * _like(weight, delta)
+        delta, weight = stacked if whole else stacked[clients], weights[name]
         touched = layout.kind(name) == "touched"
+        if not touched:  # one line of weights stands for all clients that agree on what they train
+            by_row = weight.sum(0, keepdim=True)[None] if same else weight[:, None]
+        elif same:
+            by_row = torch.zeros(items).index_add_(0, rows.flatten(), (present * weight[:, None]).flatten())[None]
+        else:
+            by_row = torch.zeros(len(places), items).scatter_add_(1, rows, present * weight[:, None])
         dimensions = layout.tensors[name][1 if touched else 0 :]
         # Who trained what, `[clients or 1, extent]` per dimension.
         factors = [torch.stack([mask(layout, d, s.trained) for s in agreed]) for d in dimensions]
-        clients_weight = incidence if touched else weight.sum(0, keepdim=True)[None] if same else weight[:, None]
-        covered[name] += _outer(clients_weight, factors).reshape(covered[name].shape)
-        _add_deltas(sums[name], layout, dimensions, submodels, delta, rows if touched else None)
+        covered[name] += _outer(by_row, factors).reshape(covered[name].shape)
+        weighted = delta if bool((weight == 1).all()) else delta * _like(weight, delta)
+        _add_deltas(sums[name], layout, dimensions, submodels, weighted, rows if touched else None)
 
 
 def _outer(first: Tensor, factors: list[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,6 +84,14 @@ class Population:
             {name: torch.zeros_like(tensor) for name, tensor in private.items()},
             torch.zeros(train.users),
         )
+
+    def copy(self) -> Population:
+        """The same data with private rows of its own."""
+        other = copy.copy(self)
+        p = self.private
+        parts = [{n: t.clone() for n, t in part.items()} for part in (p.values, p.first, p.second)]
+        other.private = Private(parts[0], parts[1], parts[2], p.steps.clone())
+        return other
 
     @property
     def clients(self) -> int:

@@ -67,7 +67,7 @@ def rank_held_out(
     """
     users = np.flatnonzero(held_out >= 0)
     if not len(users):
-        raise DataError("no user has a held-out item; leave-one-out needs users with at least 2 interactions.")
+        raise DataError("no user has a held-out item; a test item needs 2 interactions of a user, a validation item 3.")
     if negatives < 1:
         raise DataError(f"negatives is {negatives}; the sampled protocol needs at least 1, usually 99.")
     seen_item, starts = _by_user(seen, len(held_out))

@@ -28,6 +28,7 @@ from fedprune.errors import RecordError
 from fedprune.exchange import PARTS, Cost, Lost, Order, Report, Split
 from fedprune.fleet import VirtualFleet
 from fedprune.fleet.virtual import Job
+from fedprune.population import Population
 from fedprune.strategy import Round, ServerState, Strategy
 from fedprune.submodel import Submodel
 from fedprune.types import Tensors
@@ -55,16 +56,16 @@ class RunRecord:
         """Create the folder, or check that it is of the same run.
 
         Raises:
-            RecordError: the folder holds a run with other settings.
+            RecordError: the folder holds a run on other data (its name already says that the settings are the same).
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "run.json"
-        settings = json.loads(json.dumps(about["settings"]))
         if path.exists():
-            before = json.loads(path.read_text())["settings"]
-            if before != settings:
-                changed = sorted(k for k in settings if settings[k] != before.get(k))
-                raise RecordError(f"{self.folder} holds a run with other settings ({', '.join(changed)}); name another --out")
+            if json.loads(path.read_text())["data"] != about["data"]:
+                raise RecordError(
+                    f"{self.folder} holds a run on other data than {about['settings']['data']} now has; "
+                    "name another --out, or delete that folder"
+                )
         else:
             write(path, json.dumps(about, indent=1))
 
@@ -74,22 +75,24 @@ class RunRecord:
         if ledger is not None:
             self._rows.append(ledger)
 
-    def checkpoint(self, state: ServerState, fleet: VirtualFleet, extra: Mapping[str, Any]) -> None:
+    def checkpoint(self, state: ServerState, fleet: VirtualFleet, listeners: Population, extra: Mapping[str, Any]) -> None:
         """Write what was noted, then the state that it led to, each in one step."""
-        if self._rows:
+        if any(rows["client"] for rows in self._rows):
             columns = {name: [v for rows in self._rows for v in rows[name]] for name in self._rows[0]}
             (self.folder / "ledger").mkdir(exist_ok=True)
             target = self.folder / "ledger" / f"{state.version:06d}.parquet"
-            pl.DataFrame(columns).write_parquet(target.with_suffix(".new"))
+            pl.DataFrame(columns, schema=LEDGER).write_parquet(target.with_suffix(".new"))
             os.replace(target.with_suffix(".new"), target)
         with (self.folder / "events.jsonl").open("a") as file:
             file.write("".join(line + "\n" for line in self._lines))
             file.flush()
             os.fsync(file.fileno())
         self._lines, self._rows = [], []
-        save_state(self.folder / "state.safetensors", state, fleet, extra)
+        save_state(self.folder / "state.safetensors", state, fleet, listeners, extra)
 
-    def resume(self, state: ServerState, fleet: VirtualFleet, strategy: Strategy) -> tuple[ServerState, dict[str, Any]] | None:
+    def resume(
+        self, state: ServerState, fleet: VirtualFleet, listeners: Population, strategy: Strategy
+    ) -> tuple[ServerState, dict[str, Any]] | None:
         """The state of the last checkpoint, with everything noted after it dropped; None if there is none."""
         path = self.folder / "state.safetensors"
         if not path.exists():
@@ -97,7 +100,7 @@ class RunRecord:
             for part in (self.folder / "ledger").glob("*"):
                 part.unlink()
             return None
-        state, extra = load_state(path, state, fleet, strategy)
+        state, extra = load_state(path, state, fleet, listeners, strategy)
         kept = [line for line in self._complete_lines() if json.loads(line)["version"] < state.version]
         write(self.folder / "events.jsonl", "".join(line + "\n" for line in kept))
         for part in (self.folder / "ledger").glob("*"):
@@ -186,20 +189,30 @@ def ledger_rows(happened: Round) -> dict[str, list]:
     return columns
 
 
+LEDGER = (
+    {"version": pl.Int64, "client": pl.Int64, "ticket": pl.Int64, "rate": pl.Float64, "discarded": pl.Boolean}
+    | {"reason": pl.String, "staleness": pl.Int64, "examples": pl.Int64}
+    | {f"seconds_{part}": pl.Float64 for part in (*PARTS, "waiting")}
+    | {f"joules_{part}": pl.Float64 for part in (*PARTS, "waiting")}
+    | {"bytes_down": pl.Int64, "bytes_up": pl.Int64, "flops": pl.Float64, "parameters": pl.Int64, "source": pl.String}
+)
+"""Columns of the ledger."""
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save_state(path: Path, state: ServerState, fleet: VirtualFleet, extra: Mapping[str, Any]) -> None:
+def save_state(path: Path, state: ServerState, fleet: VirtualFleet, listeners: Population, extra: Mapping[str, Any]) -> None:
     """Everything a run needs to go on, in one file: server, private rows, clock, and orders on their way."""
     clock, jobs = fleet.snapshot()
-    private = fleet.population.private
     tensors: Tensors = {f"model/{n}": t for n, t in state.model.items()}
     tensors |= {f"optimiser/{n}": t for n, t in state.optimiser.items()}
     for part in ("selection", "rates", "pruning"):
         tensors |= {f"{part}/{n}": torch.from_numpy(np.array(a)) for n, a in getattr(state, part).items()}
-    for part in ("values", "first", "second"):
-        tensors |= {f"private.{part}/{n}": t for n, t in getattr(private, part).items()}
-    tensors["private.steps"] = private.steps
+    for whose, population in (("private", fleet.population), ("listeners", listeners)):
+        for part in ("values", "first", "second"):
+            tensors |= {f"{whose}.{part}/{n}": t for n, t in getattr(population.private, part).items()}
+        tensors[f"{whose}.steps"] = population.private.steps
     submodels: dict[bytes, int] = {}
     for job in jobs:
         order = job.order
@@ -220,7 +233,9 @@ def save_state(path: Path, state: ServerState, fleet: VirtualFleet, extra: Mappi
     save(path, tensors, {"fedprune": json.dumps(about)})
 
 
-def load_state(path: Path, fresh: ServerState, fleet: VirtualFleet, strategy: Strategy) -> tuple[ServerState, dict[str, Any]]:
+def load_state(
+    path: Path, fresh: ServerState, fleet: VirtualFleet, listeners: Population, strategy: Strategy
+) -> tuple[ServerState, dict[str, Any]]:
     """Put a fresh fleet and a fresh server into the state of a checkpoint."""
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["fedprune"])
@@ -233,10 +248,10 @@ def load_state(path: Path, fresh: ServerState, fleet: VirtualFleet, strategy: St
     state = ServerState(
         group("model"), fresh.layout, fresh.seed, about["version"], about["ticket"], group("optimiser"), **memories
     )
-    private = fleet.population.private
-    for part in ("values", "first", "second"):
-        getattr(private, part).update(group(f"private.{part}"))
-    private.steps.copy_(tensors["private.steps"])
+    for whose, population in (("private", fleet.population), ("listeners", listeners)):
+        for part in ("values", "first", "second"):
+            getattr(population.private, part).update(group(f"{whose}.{part}"))
+        population.private.steps.copy_(tensors[f"{whose}.steps"])
     models = {state.version: state.model}
     submodels: dict[int, Submodel] = {}
     jobs = []

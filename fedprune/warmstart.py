@@ -51,11 +51,14 @@ class WarmStart:
         if self.iterations == 0:
             return model, private
         rows = normalised(train, self.norm)
+        found: dict[int, tuple[FloatArray, FloatArray]] = {}  # NeuMF's two halves start alike
         for name in layout.named("touched"):
             if len(layout.tensors[name]) != 2:
                 continue
             latent = model[name].shape[1]
-            vectors, values = subspace(rows, latent, self.iterations, seed)
+            if latent not in found:
+                found[latent] = subspace(rows, latent, self.iterations, seed)
+            vectors, values = found[latent]
             weighted = vectors * np.sqrt(values)
             model[name] = _scaled(weighted, recommender.scale)
             axis = layout.tensors[name][1]

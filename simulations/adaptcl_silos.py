@@ -37,10 +37,9 @@ def main() -> None:
     runs = compare(several, arguments.out, quiet=True).runs
     rows = []
     for own, summary in zip(several, runs, strict=True):
-        resolved, _ = own.of(own.strategy)
         rounds = [
             event
-            for event in RunRecord(arguments.out / resolved.identity() / f"seed{own.seed}").events()
+            for event in RunRecord(arguments.out / own.only(own.strategy).identity() / f"seed{own.seed}").events()
             if event["version"] >= 0
         ]
         fastest = rounds[0]["fastest_update"]

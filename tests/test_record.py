@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import os
 import signal
@@ -88,14 +87,18 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     assert run(_chosen(tmp_path, "fedavg"), tmp_path / "out", watch=lambda event: pytest.fail("ran again")) == first
 
 
-def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    run(_chosen(tmp_path, "fedavg"), tmp_path / "out")
-    (folder,) = (tmp_path / "out").glob("*/seed0")
-    about = json.loads((folder / "run.json").read_text())
-    about["settings"]["latent"] = 4
-    (folder / "run.json").write_text(json.dumps(about))
-    with pytest.raises(RecordError, match="latent"):
-        run(_chosen(tmp_path, "fedavg"), tmp_path / "out")
+def test_other_data_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    settings_of_run = _chosen(tmp_path, "fedavg")
+    run(settings_of_run, tmp_path / "out")
+    data = tmp_path / "mine.csv"
+    data.write_text("\n".join(data.read_text().splitlines()[:-20]) + "\n")
+    with pytest.raises(RecordError, match="other data"):
+        run(settings_of_run, tmp_path / "out")
+
+
+def test_rounds_in_which_nobody_can_be_reached_are_recorded(tmp_path: Path) -> None:
+    summary = run(read(settings(tmp_path), ["availability=0.01", "checkpoint=1", "rounds=20"]), tmp_path / "out")
+    assert summary["rounds"] == 20
 
 
 def test_ledger_and_events_agree(tmp_path: Path) -> None:
@@ -104,6 +107,8 @@ def test_ledger_and_events_agree(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "out").glob("*/seed0")
     ledger = pl.concat([pl.read_parquet(p) for p in sorted((folder / "ledger").glob("*.parquet"))])
     rounds = [event for event in RunRecord(folder).events() if event["version"] >= 0]
+    sent = sum(event["asked"] for event in rounds)
+    assert sent == ledger.height, "orders still on their way at the end are in the books too"
     assert len(rounds) == 12
     for event in rounds:
         rows = ledger.filter(pl.col("version") == event["version"])

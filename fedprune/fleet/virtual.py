@@ -158,6 +158,12 @@ class VirtualFleet:
             self._busy.add(job.order.client)
             heapq.heappush(self._heap, (job.arrives, job.order.ticket))
 
+    def unfinished(self) -> list[Lost]:
+        """Wanted orders still on their way, with what they have cost so far: for the books of a run that ends here."""
+        jobs = [job for job in self._jobs.values() if job.wanted]
+        begun = [self._clock - (job.arrives - job.cost.seconds.total) for job in jobs]
+        return [Lost(j.order, "unfinished", j.cost.cut_off(t)) for j, t in zip(jobs, begun, strict=True)]
+
     def settle(self) -> None:
         """Write back the private rows of all who have finished; to be called before reading the population's."""
         stacks: dict[int, tuple[Stack, list[int]]] = {}

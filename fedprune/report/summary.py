@@ -14,7 +14,7 @@ def summarise(
     """What a run came to.
 
     Test quality is read at the round that validation chose (best NDCG@10 in the exact 1+99 protocol). Times, energy and
-    bytes are totals over the whole run; `seconds_to_target` is when an evaluation first met the target.
+    bytes are totals over the whole run, the warm start included; `seconds_to_target` is when an evaluation first met it.
 
     Returns:
         The keys of the README's table of summary keys; None where a figure does not exist (no target, unknown joules).
@@ -25,9 +25,9 @@ def summarise(
     test = best["evaluation"]["test"]
     target = settings.get("target")
     reached = [e for e in evaluated if target is not None and e["evaluation"]["validation"]["ndcg10_expected"] >= target]
-    seconds = {part: sum(e["seconds"][part] for e in rounds) for part in (rounds[0]["seconds"] if rounds else {})}
+    seconds = {part: sum(e["seconds"][part] for e in events) for part in events[0]["seconds"]}
     reports = sum(e["reports"] for e in rounds)
-    known = all(e["joules"] is not None for e in rounds)
+    known = all(e["joules"] is not None for e in events)
     total = sum(seconds.values())
     return {
         "strategy": settings["strategy"],
@@ -35,10 +35,10 @@ def summarise(
         "rounds": len(rounds),
         "virtual_seconds": events[-1]["ended"],
         "warm_start_seconds": events[0]["ended"] if events[0]["version"] < 0 else 0.0,
-        "joules": sum(sum(e["joules"].values()) for e in rounds) if known else None,
-        "bytes_down": sum(e["bytes_down"] for e in rounds),
-        "bytes_up": sum(e["bytes_up"] for e in rounds),
-        "flops": sum(e["flops"] for e in rounds),
+        "joules": sum(sum(e["joules"].values()) for e in events) if known else None,
+        "bytes_down": sum(e["bytes_down"] for e in events),
+        "bytes_up": sum(e["bytes_up"] for e in events),
+        "flops": sum(e["flops"] for e in events),
         "reports": reports,
         "lost": sum(e["lost"] for e in rounds),
         "waiting_share": seconds["waiting"] / total if total else 0.0,

@@ -35,14 +35,21 @@ CAPTION = (
 
 def body(runs: Sequence[Row], baselines: Mapping[str, Row]) -> list[list[str]]:
     """One row of texts per strategy (mean and, over several seeds, standard deviation), then the baselines."""
-    order = list(dict.fromkeys(run["strategy"] for run in runs))
     rows = []
-    for strategy in order:
-        own = [run for run in runs if run["strategy"] == strategy]
-        rows.append([strategy, *(_cell(key, [run.get(key) for run in own]) for key, _ in COLUMNS[1:])])
+    for name, own in grouped(runs).items():
+        rows.append([name, *(_cell(key, [run.get(key) for run in own]) for key, _ in COLUMNS[1:])])
     for name, quality in baselines.items():
         rows.append([name, *(_cell(key, [quality.get(key)], missing="") for key, _ in COLUMNS[1:])])
     return rows
+
+
+def grouped(runs: Sequence[Row]) -> dict[str, list[Row]]:
+    """Runs that differ by seed alone, under their strategy's name; with the settings' hash where a name stands for several."""
+    groups: dict[str, list[Row]] = {}
+    for run in runs:
+        groups.setdefault(run["identity"], []).append(run)
+    names = [own[0]["strategy"] for own in groups.values()]
+    return {own[0]["strategy"] if names.count(own[0]["strategy"]) == 1 else identity: own for identity, own in groups.items()}
 
 
 def terminal(runs: Sequence[Row], baselines: Mapping[str, Row]) -> Table:
@@ -78,7 +85,8 @@ def _cell(key: str, values: Sequence[Any], missing: str = "never") -> str:
     mean = statistics.fmean(known)
     text = _text(key, mean)
     if len(known) > 1 and key.startswith(("ndcg", "hr", "seconds_to")):
-        text += f" ±{_text(key, statistics.stdev(known)).lstrip('0') or '0'}"
+        spread = _text(key, statistics.stdev(known))
+        text += f" ±{spread.removeprefix('0') if spread.startswith('0.') else spread}"
     return text + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
 
 

@@ -37,7 +37,7 @@ ROWS = [
     Row("drop_weak"),
     Row("smallest"),
     Row("skip"),
-    Row("skip", {"pace": 1.5, "private_steps": 1}),
+    Row("skip", {"pace": 1.5}),
     Row("deadline", {"within": 15.0}),
     Row("fedprox", {"within": 15.0}),
     Row("heterofl"),

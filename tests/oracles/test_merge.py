@@ -77,9 +77,9 @@ def test_the_cohort_divides_by_all_who_reported():
 
 
 def test_coverage_weights_by_what_is_trained():
-    """One of two units counts twice, both count once."""
+    """One of two units counts twice, both count once; what has no prunable axis counts once for everybody."""
     result = merged(Merge(weights="coverage"), narrow(), wide())
-    assert result["item_bias"] == pytest.approx([5 / 3, 5.0, 1.0])  # (2*1 + 1*3) / 3
+    assert result["item_bias"] == [2.0, 5.0, 1.0]  # (1*1 + 1*3) / 2
     assert result["bias"] == pytest.approx([10 + 14 / 3, 28.0])  # 10 + (2*6 + 1*2) / 3
     assert result["item_embedding"][0] == pytest.approx([5 / 3, 4.0])
 
@@ -204,11 +204,11 @@ def test_a_device_s_times_slower_counts_s_fold():
     merge = here.strategy.merge
     for done in rounds:
         for arrived in done.reports:
-            assert merge.weight(arrived, here.state.layout) == devices.slowness[arrived.order.client]
+            assert merge.weight(arrived, here.state.layout, "item_embedding") == devices.slowness[arrived.order.client]
     total = dict.fromkeys((1.0, 2.0, 3.0), 0.0)
     for done in rounds:
         for arrived in done.reports:
-            total[float(devices.slowness[arrived.order.client])] += merge.weight(arrived, here.state.layout)
+            total[float(devices.slowness[arrived.order.client])] += merge.weight(arrived, here.state.layout, "item_embedding")
     assert total == {1.0: 96.0, 2.0: 96.0, 3.0: 96.0}, "over 12 rounds every device's data weighs the same"
 
 

@@ -117,9 +117,9 @@ def test_the_order_of_reports_does_not_matter_to_a_bit(reports: list[Report], me
 def test_equals_the_definition(reports: list[Report], merge: Merge):
     """mean_j = sum_k w_k m_kj d_kj / sum_k w_k m_kj (or / sum_k w_k), one client and coordinate at a time."""
     merged, _ = Merge(merge.over, merge.weights)(MODEL, {}, LAYOUT, reports)
-    weight = [merge.weight(sent, LAYOUT) for sent in reports]
     updates, masks = [dense(sent) for sent in reports], [trained(sent) for sent in reports]
     for name, tensor in MODEL.items():
+        weight = [merge.weight(sent, LAYOUT, name) for sent in reports]
         total = sum(w * update[name] for w, update in zip(weight, updates, strict=True))
         holders = sum(w * on[name] for w, on in zip(weight, masks, strict=True))
         count = holders if merge.over == "holders" else torch.full_like(holders, sum(weight))
@@ -133,8 +133,8 @@ def test_the_cohort_conserves_mass(reports: list[Report], weights: str):
     """What the model gains, times all the weight, is what the clients sent."""
     merge = Merge(over="cohort", weights=weights)
     merged, _ = merge(MODEL, {}, LAYOUT, reports)
-    weight = [merge.weight(sent, LAYOUT) for sent in reports]
     for name, tensor in MODEL.items():
+        weight = [merge.weight(sent, LAYOUT, name) for sent in reports]
         sent = sum(w * float(dense(r)[name].double().sum()) for w, r in zip(weight, reports, strict=True))
         gained = float((merged[name] - tensor).double().sum()) * sum(weight)
         assert abs(gained - sent) < 1e-4 * (1 + sum(weight))
