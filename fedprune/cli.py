@@ -29,7 +29,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standar
 @app.command()
 def run(config: Config, set_: Changes = None, out: Out = Path("runs"), as_json: AsJson = False) -> None:
     """Run one strategy; run it again to go on where it stopped."""
-    with _refusals(as_json):
+    with _refusals():
         settings = read(config, set_ or [])
         summary = comparison.compare([settings], out, quiet=as_json, with_baselines=False).runs[0]
         _say(summary, as_json)
@@ -46,7 +46,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Run several strategies on the same data and fleet, and set them side by side with the usual baselines."""
-    with _refusals(as_json):
+    with _refusals():
         settings = read(config, set_ or [])
         names = [name.strip() for name in strategies.split(",") if name.strip()] or list(settings.strategies)
         if not names:
@@ -63,7 +63,7 @@ def compare(
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="what --out named")], as_json: AsJson = False) -> None:
     """Table and figure of the finished runs in a folder, computed from their records."""
-    with _refusals(as_json):
+    with _refusals():
         result = comparison.report(folder, quiet=as_json)
         _say({"runs": result.runs, "baselines": result.baselines}, as_json)
 
@@ -73,7 +73,7 @@ def list_(
     what: Annotated[str, typer.Argument(metavar="strategies|recommenders|datasets|devices")], as_json: AsJson = False
 ) -> None:
     """What there is to choose from."""
-    with _refusals(as_json):
+    with _refusals():
         tables = {
             "strategies": (("name", "what it does"), [(n, _first_line(row)) for n, row in CATALOG.items()]),
             "recommenders": (
@@ -128,9 +128,6 @@ def _say(result: object, as_json: bool) -> None:
 
 class _refusals:
     """Turns refusals into one line and exit code 2, and Ctrl-C into a word on how to go on."""
-
-    def __init__(self, as_json: bool) -> None:
-        self.as_json = as_json
 
     def __enter__(self) -> None:
         return None

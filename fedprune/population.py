@@ -15,7 +15,11 @@ from fedprune.axes import Layout
 from fedprune.data import Interactions
 from fedprune.objective import Objective
 from fedprune.random import PRIORITIES, drawn, keys, priorities
+from fedprune.submodel import Submodel, positions
 from fedprune.types import ClientId, IntArray, Tensors
+
+STACK = 24_576
+"""Padded examples per stack of clients: large enough to keep the machine busy, small enough to stay near its caches."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,13 @@ class Examples:
     def count(self) -> Tensor:
         """Examples per client, float32 `[clients]`."""
         return self.weight.sum(1)
+
+    @cached_property
+    def real_users(self) -> Tensor:
+        """Which users of `[clients, users]` are no padding, which repeats the first; bool."""
+        real = self.users != self.users[:, :1]
+        real[:, 0] = True
+        return real
 
 
 @dataclass(frozen=True)
@@ -215,6 +226,13 @@ class Population:
                     mesh = torch.meshgrid(target, *columns[name], indexing="ij")
                     into[name][mesh] = rows
         self.private.steps[target] = trained.steps[real]
+
+
+def private_columns(layout: Layout, submodel: Submodel) -> dict[str, tuple[Tensor, ...]]:
+    """Held columns of every private tensor, per dimension after the first."""
+    return {
+        name: tuple(positions(layout, d, submodel.held) for d in layout.tensors[name][1:]) for name in layout.named("private")
+    }
 
 
 def _columns(rows: Tensor, columns: tuple[Tensor, ...]) -> Tensor:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fedprune.objective import Objective
-from fedprune.population import Population
+from fedprune.population import STACK, Population, private_columns
 from fedprune.ranking import Scorer
 from fedprune.recommenders import Recommender
 from fedprune.submodel import Submodel, extract, positions
-from fedprune.training import train
+from fedprune.training import received, train
 from fedprune.types import IntArray, Tensors
 
 
@@ -64,26 +64,17 @@ def listen(
 
     `steps` Adam steps with the rest of the model frozen and fresh negatives, continuing from where they were. They upload
     nothing, nobody waits for them, and their time is not in the ledger: it is part of serving.
-    """  # fmt: skip
-    full = Submodel.full(recommender.layout)
-    columns = {
-        name: tuple(positions(recommender.layout, d, full.held) for d in recommender.layout.tensors[name][1:])
-        for name in recommender.layout.named("private")
-    }
-    for stack in population.stacks(clients, objective, 24_576):
+    """
+    layout = recommender.layout
+    columns = private_columns(layout, Submodel.full(layout))
+    for stack in population.stacks(clients, objective, STACK):
         part = [clients[place] for place in stack]
         tickets = [(version + 1) * population.clients + c for c in part]
         examples = population.draw(part, tickets, objective, seed ^ 0x5EED)
-        received = {
-            n: t[examples.rows] if recommender.layout.kind(n) == "touched" else t.expand(len(part), *t.shape)
-            for n, t in model.items()
-        }
-        private = population.take(examples.users, columns)
+        frozen, private = received(layout, model, examples), population.take(examples.users, columns)
         for _ in range(steps):
-            private = train(recommender.score, recommender.layout, received, private, examples, objective, frozen=True).private
-        real = examples.users != examples.users[:, :1]
-        real[:, 0] = True
-        population.put(examples.users, columns, private, real)
+            private = train(recommender.score, layout, frozen, private, examples, objective, frozen=True).private
+        population.put(examples.users, columns, private, examples.real_users)
 
 
 def own_submodels(client_of_user: IntArray, submodels: Sequence[Submodel]) -> list[Submodel]:

@@ -20,8 +20,8 @@ from fedprune.objective import Objective
 from fedprune.pruning import Leading, Pruning
 from fedprune.random import stream
 from fedprune.rates import Fixed, RateLearner
-from fedprune.selection import Memory, Selector, Uniform
-from fedprune.types import Seconds, Tensors, Ticket, Version
+from fedprune.selection import Selector, Uniform
+from fedprune.types import Memory, Seconds, Tensors, Ticket, Version
 
 
 @dataclass(frozen=True)

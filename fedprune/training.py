@@ -76,6 +76,17 @@ def train(
     return Trained(update, private, first_loss)
 
 
+def received(layout: Layout, cut: Tensors, examples: Examples) -> Tensors:
+    """A cut model as each client of a stack receives it: its own touched rows, and views of what all share."""
+    rows = examples.rows
+    return {
+        name: tensor.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+        if layout.kind(name) == "touched"
+        else tensor.expand(len(rows), *tensor.shape)
+        for name, tensor in cut.items()
+    }
+
+
 def masks(layout: Layout, submodels: tuple[Submodel, ...]) -> Tensors | None:
     """Masks of the trained entries of a stack that holds the same units; None if everybody trains all it holds."""
     if not any(s.is_window for s in submodels):

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from fedprune.exchange import Order, Updates
-from fedprune.population import Examples, Population, Private
+from fedprune.population import STACK, Population, Private, private_columns
 from fedprune.random import keys
 from fedprune.recommenders import Recommender
-from fedprune.submodel import Submodel, extract, positions
-from fedprune.training import masks, train
-from fedprune.types import Tensors
+from fedprune.submodel import extract
+from fedprune.training import masks, received, train
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Stacked:
         examples: a stack grows until it has about so many padded examples; the working set should stay in the cache.
     """
 
-    examples: int = 24_576
+    examples: int = STACK
 
     def __call__(
         self, recommender: Recommender, population: Population, orders: Sequence[Order], work: Sequence[float]
@@ -91,13 +90,13 @@ def _train_stack(recommender: Recommender, population: Population, orders: list[
     tickets = [order.ticket for order in orders]
     share = None if all(w == 1.0 for w in work) else work
     examples = population.draw([o.client for o in orders], tickets, first.objective, first.seed, share)
-    columns = private_columns(recommender, first.submodel)
+    columns = private_columns(layout, first.submodel)
     private = population.take(examples.users, columns)
     submodels = tuple(order.submodel for order in orders)
     trained = train(
         recommender.score,
         layout,
-        _received(recommender, first, examples),
+        received(layout, extract(first.model, layout, first.submodel), examples),
         private,
         examples,
         first.objective,
@@ -105,33 +104,6 @@ def _train_stack(recommender: Recommender, population: Population, orders: list[
         keys(first.seed, "shuffle", tickets) if first.objective.batch is not None else None,
     )
     updates = Updates(submodels, examples.rows, examples.present, trained.update)
-    stack = Stack(population, examples.users, _real(examples.users), columns, trained.private)
+    stack = Stack(population, examples.users, examples.real_users, columns, trained.private)
     counts, losses = examples.count.int().tolist(), trained.loss.tolist()
     return [Result(updates, place, counts[place], losses[place], stack) for place in range(len(orders))]
-
-
-def private_columns(recommender: Recommender, submodel: Submodel) -> dict[str, tuple[Tensor, ...]]:
-    """Held columns of every private tensor, per dimension after the first."""
-    layout = recommender.layout
-    return {
-        name: tuple(positions(layout, d, submodel.held) for d in layout.tensors[name][1:]) for name in layout.named("private")
-    }
-
-
-def _received(recommender: Recommender, order: Order, examples: Examples) -> Tensors:
-    """The submodel as each client of the stack receives it: its own touched rows, and views of what all share."""
-    layout, clients = recommender.layout, len(examples.rows)
-    cut = extract(order.model, layout, order.submodel)
-    return {
-        name: tensor.index_select(0, examples.rows.flatten()).unflatten(0, examples.rows.shape)
-        if layout.kind(name) == "touched"
-        else tensor.expand(clients, *tensor.shape)
-        for name, tensor in cut.items()
-    }
-
-
-def _real(users: Tensor) -> Tensor:
-    """Which users of `[clients, users]` are no padding, which repeats the first."""
-    real = users != users[:, :1]
-    real[:, 0] = True
-    return real

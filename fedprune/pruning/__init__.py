@@ -11,10 +11,7 @@ import numpy as np
 
 from fedprune.axes import Layout
 from fedprune.submodel import Submodel
-from fedprune.types import ClientId, Rate, Tensors, Version
-
-Memory = dict[str, np.ndarray]
-"""What a policy remembers between rounds: named arrays, so that it can be saved as it is."""
+from fedprune.types import ClientId, Memory, Rate, Tensors, Version
 
 
 class Pruning(Protocol):

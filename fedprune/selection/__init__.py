@@ -10,10 +10,7 @@ import numpy as np
 
 from fedprune.errors import ConfigError
 from fedprune.exchange import Lost, Report, Roster
-from fedprune.types import IntArray
-
-Memory = dict[str, np.ndarray]
-"""What a part of a strategy remembers between rounds: named arrays, so that it can be saved as it is."""
+from fedprune.types import IntArray, Memory
 
 
 class Selector(Protocol):
