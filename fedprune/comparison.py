@@ -18,9 +18,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from fedprune.baselines import baselines
 from fedprune.config import Settings, validated
 from fedprune.errors import RecordError
-from fedprune.experiment import read_data, run
 from fedprune.record import RunRecord, write
 from fedprune.report import figure, tables
+from fedprune.simulation import read_data, run
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def compare(
         quiet: nothing on standard output, progress on standard error only where that is a terminal.
 
     Raises:
-        FedpruneError: as `experiment.run`; data and settings are checked before anything is started.
+        FedpruneError: as `simulation.run`; data and settings are checked before anything is started.
     """
     several = [settings.only(settings.strategy) for settings in several]
     split = read_data(several[0])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedprune.errors import RecordError
-from fedprune.exchange import PARTS, Cost, Lost, Order, Report, Split
-from fedprune.fleet import VirtualFleet
-from fedprune.fleet.virtual import Job
-from fedprune.population import Population
-from fedprune.strategy import Round, ServerState, Strategy
-from fedprune.submodel import Submodel
+from fedprune.exchange import PARTS, Lost, Report
+from fedprune.strategy import Round, ServerState
 from fedprune.types import Tensors
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a fleet needs to go on from here: tensors, and what JSON can hold."""
+
+    tensors: Tensors
+    about: Mapping[str, Any]
 
 
 class RunRecord:
@@ -75,7 +80,7 @@ class RunRecord:
         if ledger is not None:
             self._rows.append(ledger)
 
-    def checkpoint(self, state: ServerState, fleet: VirtualFleet, listeners: Population, extra: Mapping[str, Any]) -> None:
+    def checkpoint(self, state: ServerState, fleet: Snapshot, extra: Mapping[str, Any]) -> None:
         """Write what was noted, then the state that it led to, each in one step."""
         if any(rows["client"] for rows in self._rows):
             columns = {name: [v for rows in self._rows for v in rows[name]] for name in self._rows[0]}
@@ -88,11 +93,9 @@ class RunRecord:
             file.flush()
             os.fsync(file.fileno())
         self._lines, self._rows = [], []
-        save_state(self.folder / "state.safetensors", state, fleet, listeners, extra)
+        save_state(self.folder / "state.safetensors", state, fleet, extra)
 
-    def resume(
-        self, state: ServerState, fleet: VirtualFleet, listeners: Population, strategy: Strategy
-    ) -> tuple[ServerState, dict[str, Any]] | None:
+    def resume(self, fresh: ServerState) -> tuple[ServerState, Snapshot, dict[str, Any]] | None:
         """The state of the last checkpoint, with everything noted after it dropped; None if there is none."""
         path = self.folder / "state.safetensors"
         if not path.exists():
@@ -100,13 +103,13 @@ class RunRecord:
             for part in (self.folder / "ledger").glob("*"):
                 part.unlink()
             return None
-        state, extra = load_state(path, state, fleet, listeners, strategy)
+        state, fleet, extra = load_state(path, fresh)
         kept = [line for line in self._complete_lines() if json.loads(line)["version"] < state.version]
         write(self.folder / "events.jsonl", "".join(line + "\n" for line in kept))
         for part in (self.folder / "ledger").glob("*"):
             if part.suffix != ".parquet" or int(part.stem) > state.version:
                 part.unlink()
-        return state, extra
+        return state, fleet, extra
 
     def keep_model(self, model: Tensors) -> None:
         """Replace the best model."""
@@ -202,41 +205,19 @@ LEDGER = (
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save_state(path: Path, state: ServerState, fleet: VirtualFleet, listeners: Population, extra: Mapping[str, Any]) -> None:
-    """Everything a run needs to go on, in one file: server, private rows, clock, and orders on their way."""
-    clock, jobs = fleet.snapshot()
+def save_state(path: Path, state: ServerState, fleet: Snapshot, extra: Mapping[str, Any]) -> None:
+    """Everything a run needs to go on, in one file: the server, and what its fleet gave to be kept."""
     tensors: Tensors = {f"model/{n}": t for n, t in state.model.items()}
     tensors |= {f"optimiser/{n}": t for n, t in state.optimiser.items()}
     for part in ("selection", "rates", "pruning"):
         tensors |= {f"{part}/{n}": torch.from_numpy(np.array(a)) for n, a in getattr(state, part).items()}
-    for whose, population in (("private", fleet.population), ("listeners", listeners)):
-        for part in ("values", "first", "second"):
-            tensors |= {f"{whose}.{part}/{n}": t for n, t in getattr(population.private, part).items()}
-        tensors[f"{whose}.steps"] = population.private.steps
-    submodels: dict[bytes, int] = {}
-    for job in jobs:
-        order = job.order
-        if order.version != state.version:
-            tensors |= {f"version.{order.version}/{n}": t for n, t in order.model.items()}
-        if order.submodel.key not in submodels:
-            number = submodels[order.submodel.key] = len(submodels)
-            for kind in ("held", "trained"):
-                units = getattr(order.submodel, kind)
-                tensors |= {f"submodel.{number}.{kind}/{a}": torch.from_numpy(u.copy()) for a, u in units.items()}
-    about = {
-        "version": state.version,
-        "ticket": state.ticket,
-        "clock": clock,
-        "jobs": [_job_to_json(job, submodels[job.order.submodel.key]) for job in jobs],
-        "extra": dict(extra),
-    }
+    tensors |= {f"fleet/{n}": t for n, t in fleet.tensors.items()}
+    about = {"version": state.version, "ticket": state.ticket, "fleet": fleet.about, "extra": dict(extra)}
     save(path, tensors, {"fedprune": json.dumps(about)})
 
 
-def load_state(
-    path: Path, fresh: ServerState, fleet: VirtualFleet, listeners: Population, strategy: Strategy
-) -> tuple[ServerState, dict[str, Any]]:
-    """Put a fresh fleet and a fresh server into the state of a checkpoint."""
+def load_state(path: Path, fresh: ServerState) -> tuple[ServerState, Snapshot, dict[str, Any]]:
+    """The server of a checkpoint, its fleet's part, and what else was kept."""
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["fedprune"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -248,51 +229,7 @@ def load_state(
     state = ServerState(
         group("model"), fresh.layout, fresh.seed, about["version"], about["ticket"], group("optimiser"), **memories
     )
-    for whose, population in (("private", fleet.population), ("listeners", listeners)):
-        for part in ("values", "first", "second"):
-            getattr(population.private, part).update(group(f"{whose}.{part}"))
-        population.private.steps.copy_(tensors[f"{whose}.steps"])
-    models = {state.version: state.model}
-    submodels: dict[int, Submodel] = {}
-    jobs = []
-    for entry in about["jobs"]:
-        number, version = entry["submodel"], entry["version"]
-        if number not in submodels:
-            held, trained = ({a: t.numpy() for a, t in group(f"submodel.{number}.{k}").items()} for k in ("held", "trained"))
-            submodels[number] = Submodel.checked(fresh.layout, held, trained)
-        if version not in models:
-            models[version] = group(f"version.{version}")
-        jobs.append(_job_from_json(entry, submodels[number], models[version], strategy, fresh.seed))
-    fleet.restore(about["clock"], jobs)
-    return state, about["extra"]
-
-
-def _job_to_json(job: Job, submodel: int) -> dict[str, Any]:
-    order, cost = job.order, job.cost
-    return {
-        "ticket": order.ticket,
-        "client": order.client,
-        "version": order.version,
-        "rate": order.rate,
-        "submodel": submodel,
-        "arrives": job.arrives,
-        "work": job.work,
-        "vanishes": job.vanishes,
-        "wanted": job.wanted,
-        "seconds": [getattr(cost.seconds, part) for part in PARTS],
-        "joules": None if cost.joules is None else [getattr(cost.joules, part) for part in PARTS],
-        "rest": [cost.bytes_down, cost.bytes_up, cost.flops, cost.parameters, cost.watts_waiting, cost.source],
-    }
-
-
-def _job_from_json(entry: dict[str, Any], submodel: Submodel, model: Tensors, strategy: Strategy, seed: int) -> Job:
-    order = Order(
-        entry["ticket"], entry["client"], entry["version"], entry["rate"], submodel,
-        strategy.objective, strategy.codec.rows, model, seed,
-    )  # fmt: skip
-    joules = None if entry["joules"] is None else Split(*entry["joules"])
-    cost = Cost(Split(*entry["seconds"]), joules, *entry["rest"])
-    return Job(order, entry["arrives"], cost, entry["work"], entry["vanishes"], entry["wanted"])
+    return state, Snapshot(group("fleet"), about["fleet"]), about["extra"]
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from fedprune.axes import Layout
 from fedprune.codec import Codec
-from fedprune.exchange import Fleet, Lost, Order, Report
+from fedprune.exchange import Fleet, Lost, Order, Report, Roster
 from fedprune.gather import Gather
 from fedprune.merge import Merge
 from fedprune.objective import Objective
@@ -21,7 +21,8 @@ from fedprune.pruning import Leading, Pruning
 from fedprune.random import stream
 from fedprune.rates import Fixed, RateLearner
 from fedprune.selection import Selector, Uniform
-from fedprune.types import Memory, Seconds, Tensors, Ticket, Version
+from fedprune.submodel import Submodel
+from fedprune.types import IntArray, Memory, Seconds, Tensors, Ticket, Version
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,13 @@ class Strategy:
     codec: Codec = field(default_factory=Codec)  #              how does an update travel?
     gather: Gather = field(default_factory=Gather)  #           when does the server stop waiting?
     merge: Merge = field(default_factory=Merge)  #              how do reports become the next model?
+
+    def submodels(self, state: ServerState, clients: IntArray, roster: Roster) -> list[Submodel]:
+        """What each of these clients' devices would hold if it were asked now; users are served with that."""
+        rates = self.rates.propose(state.rates, clients, roster, state.layout.smallest_rate).tolist()
+        pruning = self.pruning.prepare(state.pruning, state.model, state.layout)
+        pairs = zip(clients.tolist(), rates, strict=True)
+        return [self.pruning.carve(pruning, state.layout, client, state.version, rate) for client, rate in pairs]
 
 
 @dataclass(frozen=True)

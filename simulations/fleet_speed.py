@@ -14,7 +14,7 @@ import statistics
 import time
 
 from fedprune.config import validated
-from fedprune.experiment import prepare, read_data
+from fedprune.simulation import prepare, read_data
 from fedprune.strategy import one_round
 
 

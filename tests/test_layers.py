@@ -14,11 +14,13 @@ PACKAGE = ROOT / "fedprune"
 LAYERS = [
     "types errors random",
     "axes submodel",
-    "recommenders data objective exchange devices metrics ranking evaluation baselines warmstart",
+    "recommenders data objective exchange devices energy metrics ranking evaluation baselines warmstart",
     "selection rates pruning codec gather merge",
     "strategy catalog population training serving",
-    "fleet flower",
-    "config record experiment comparison report cli __init__ __main__",
+    "fleet",
+    "config record experiment snapshot simulation report",
+    "flower",
+    "comparison cli __init__ __main__",
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 DECISIONS = set(LAYERS[3].split())

@@ -15,8 +15,8 @@ from files import settings
 
 from fedprune.config import read
 from fedprune.errors import RecordError
-from fedprune.experiment import run
 from fedprune.record import RunRecord
+from fedprune.simulation import run
 
 CHANGES = {
     "fedavg": [],
