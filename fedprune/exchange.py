@@ -12,23 +12,28 @@ from fedprune.objective import Objective
 from fedprune.submodel import Submodel
 from fedprune.types import Bytes, ClientId, FloatArray, IntArray, Rate, Seconds, Tensors, Ticket, Version
 
-PARTS = ("download", "training", "teacher", "upload")
+PARTS = ("download", "loading", "training", "teacher", "upload")
 """What a client's time and energy go to while it is busy; then it may wait for the others."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Seconds or joules of one client-round by what they went to (`PARTS`)."""
+    """Seconds or joules of one client-round by what they went to (`PARTS`); NaN for joules nobody measured.
+
+    Attributes:
+        loading: starting the program and reading the data; nothing on simulated devices.
+    """
 
     download: float
     training: float
     teacher: float
     upload: float
+    loading: float = 0.0
 
     @property
     def total(self) -> float:
         """All parts."""
-        return self.download + self.training + self.teacher + self.upload
+        return self.download + self.loading + self.training + self.teacher + self.upload
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Cost:
             shares[part] = min(1.0, left / seconds) if seconds > 0 else 1.0
             left = max(0.0, left - seconds)
         spent = [
-            None if split is None else Split(*(getattr(split, part) * shares[part] for part in PARTS))
+            None if split is None else Split(**{part: getattr(split, part) * shares[part] for part in PARTS})
             for split in (self.seconds, self.joules)
         ]
         return replace(
@@ -100,6 +105,8 @@ class Order:
     model: Tensors
     """The full model of that version, shared by all its orders; a fleet cuts what it sends (`submodel.extract`)."""
     seed: int
+    expires: Seconds | None = None
+    """A report is worth nothing so long after sending; None: it may come at any time."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +153,19 @@ class Report:
 
 @dataclass(frozen=True)
 class Lost:
-    """An order whose report the server will never use: the device vanished, was too late to be wanted, or was
-    still at work when the run ended."""
+    """An order whose report the server will never use.
+
+    Attributes:
+        reason: the device vanished; was too late to be wanted; was still at work when the run ended; said that it could
+            not; or answered what the server must not merge.
+        cost: what it spent all the same, as far as that is known.
+        detail: what exactly was wrong, for the record.
+    """
 
     order: Order
-    reason: Literal["dropped out", "too late", "unfinished"]
+    reason: Literal["dropped out", "too late", "unfinished", "failed", "refused"]
     cost: Cost
-    """What it spent all the same, as far as it is known."""
+    detail: str = ""
 
 
 class Fleet(Protocol):

@@ -41,6 +41,11 @@ class Gather:
         if self.pace is not None and self.pace < 1:
             raise ConfigError(f"pace is {self.pace}; it is a multiple of the first report's time, so at least 1")
 
+    @property
+    def expires(self) -> Seconds | None:
+        """After how long an order is known beforehand to be no longer wanted."""
+        return self.within if self.late == "drop" else None
+
     def __call__(self, fleet: Fleet, orders: Sequence[Order]) -> tuple[list[Report], list[Lost]]:
         """Collect a round's reports, and what was lost or given up; the clock moves in any case."""
         reports: list[Report] = []

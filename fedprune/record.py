@@ -12,8 +12,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedprune.errors import RecordError
-from fedprune.exchange import PARTS, Lost, Report
+from fedprune.exchange import PARTS, Cost, Lost, Report
 from fedprune.strategy import Round, ServerState
 from fedprune.types import Tensors
 
@@ -138,12 +139,12 @@ def line(happened: Round) -> dict[str, Any]:
     done = [(r.cost, r.waited) for r in happened.reports] + [(entry.cost, 0.0) for entry in happened.lost]
     seconds = {part: float(sum(getattr(c.seconds, part) for c, _ in done)) for part in PARTS}
     seconds["waiting"] = float(sum(w for _, w in done))
-    joules: dict[str, float] | None = None
-    known = [(c.joules, c.watts_waiting, w) for c, w in done if c.joules is not None and c.watts_waiting is not None]
-    if len(known) == len(done):
-        joules = {part: float(sum(getattr(j, part) for j, _, _ in known)) for part in PARTS}
-        joules["waiting"] = float(sum(watts * w for _, watts, w in known))
+    joules: dict[str, float | None] | None = {part: _sum(_joules(c, part) for c, _ in done) for part in PARTS}
+    joules["waiting"] = _sum(None if c.watts_waiting is None else c.watts_waiting * w for c, w in done)
+    if all(value is None for value in joules.values()):
+        joules = None
     reports = happened.reports
+    refused = [entry.detail for entry in happened.lost if entry.reason in ("refused", "failed")]
     return {
         "version": happened.version,
         "began": happened.began,
@@ -151,6 +152,7 @@ def line(happened: Round) -> dict[str, Any]:
         "asked": len(happened.orders),
         "reports": len(reports),
         "lost": len(happened.lost),
+        **({"refused": refused} if refused else {}),
         "mean_rate": float(np.mean([r.order.rate for r in reports])) if reports else None,
         "mean_staleness": float(np.mean([r.staleness for r in reports])) if reports else None,
         "slowest_update": max((r.cost.seconds.total for r in reports), default=None),
@@ -166,6 +168,19 @@ def line(happened: Round) -> dict[str, Any]:
     }
 
 
+def _joules(cost: Cost, part: str) -> float | None:
+    """None where nobody measured them."""
+    value = math.nan if cost.joules is None else getattr(cost.joules, part)
+    return None if math.isnan(value) else float(value)
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """None if one is unknown."""
+    values = list(values)
+    known = [value for value in values if value is not None]
+    return float(sum(known)) if len(known) == len(values) else None
+
+
 def ledger_rows(happened: Round) -> dict[str, list]:
     """One row per client-round, as columns."""
     entries: list[tuple[Report | Lost, bool]] = [(report, False) for report in happened.reports]
@@ -176,6 +191,7 @@ def ledger_rows(happened: Round) -> dict[str, list]:
     columns["rate"] = [e.order.rate for e, _ in entries]
     columns["discarded"] = [discarded for _, discarded in entries]
     columns["reason"] = [e.reason if isinstance(e, Lost) else None for e, _ in entries]
+    columns["detail"] = [e.detail or None if isinstance(e, Lost) else None for e, _ in entries]
     columns["staleness"] = [e.staleness if isinstance(e, Report) else None for e, _ in entries]
     columns["examples"] = [e.examples if isinstance(e, Report) else None for e, _ in entries]
     waited = [e.waited if isinstance(e, Report) else 0.0 for e, _ in entries]
@@ -183,21 +199,28 @@ def ledger_rows(happened: Round) -> dict[str, list]:
         columns[f"seconds_{part}"] = [getattr(e.cost.seconds, part) for e, _ in entries]
     columns["seconds_waiting"] = waited
     for part in PARTS:
-        columns[f"joules_{part}"] = [getattr(e.cost.joules, part) if e.cost.joules else None for e, _ in entries]
+        columns[f"joules_{part}"] = [_joules(e.cost, part) for e, _ in entries]
     columns["joules_waiting"] = [
         None if e.cost.watts_waiting is None else e.cost.watts_waiting * w for (e, _), w in zip(entries, waited, strict=True)
     ]
-    for name in ("bytes_down", "bytes_up", "flops", "parameters", "source"):
+    for name in ("watts_waiting", "bytes_down", "bytes_up", "flops", "parameters", "source"):
         columns[name] = [getattr(e.cost, name) for e, _ in entries]
     return columns
 
 
 LEDGER = (
     {"version": pl.Int64, "client": pl.Int64, "ticket": pl.Int64, "rate": pl.Float64, "discarded": pl.Boolean}
-    | {"reason": pl.String, "staleness": pl.Int64, "examples": pl.Int64}
+    | {"reason": pl.String, "detail": pl.String, "staleness": pl.Int64, "examples": pl.Int64}
     | {f"seconds_{part}": pl.Float64 for part in (*PARTS, "waiting")}
     | {f"joules_{part}": pl.Float64 for part in (*PARTS, "waiting")}
-    | {"bytes_down": pl.Int64, "bytes_up": pl.Int64, "flops": pl.Float64, "parameters": pl.Int64, "source": pl.String}
+    | {
+        "watts_waiting": pl.Float64,
+        "bytes_down": pl.Int64,
+        "bytes_up": pl.Int64,
+        "flops": pl.Float64,
+        "parameters": pl.Int64,
+        "source": pl.String,
+    }
 )
 """Columns of the ledger."""
 

@@ -36,15 +36,25 @@ def scorer(recommender: Recommender, model: Tensors, private: Tensors, submodels
             groups.setdefault(submodel.held_key, []).append(place)
         for places in groups.values():
             submodel = held[places[0]]
-            tensors = {name: t[None] for name, t in extract(model, layout, submodel).items()}
-            for name, rows in private.items():
-                own = rows[torch.from_numpy(users[places])]
-                for axis, dimension in enumerate(layout.tensors[name][1:], start=1):
-                    own = own.index_select(axis, positions(layout, dimension, submodel.held))
-                tensors[name] = own[:, None]
-            with torch.no_grad():
-                result[places] = recommender.score(tensors)
+            result[places] = cut_scorer(recommender, extract(model, layout, submodel), submodel, private)(users[places])
         return result
+
+    return score
+
+
+def cut_scorer(recommender: Recommender, cut: Tensors, submodel: Submodel, private: Tensors) -> Scorer:
+    """Scores by a model that is cut already, for users whose rows are whole."""
+    layout = recommender.layout
+
+    def score(users: IntArray) -> Tensor:
+        tensors = {name: tensor[None] for name, tensor in cut.items()}
+        for name, rows in private.items():
+            own = rows[torch.from_numpy(users)]
+            for axis, dimension in enumerate(layout.tensors[name][1:], start=1):
+                own = own.index_select(axis, positions(layout, dimension, submodel.held))
+            tensors[name] = own[:, None]
+        with torch.no_grad():
+            return recommender.score(tensors)
 
     return score
 

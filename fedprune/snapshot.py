@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from fedprune.exchange import PARTS, Cost, Order, Split
+from fedprune.exchange import Cost, Order, Split
 from fedprune.fleet import VirtualFleet
 from fedprune.fleet.virtual import Job
 from fedprune.population import Population
@@ -73,8 +74,8 @@ def _to_json(job: Job, submodel: int) -> dict[str, Any]:
         "work": job.work,
         "vanishes": job.vanishes,
         "wanted": job.wanted,
-        "seconds": [getattr(cost.seconds, part) for part in PARTS],
-        "joules": None if cost.joules is None else [getattr(cost.joules, part) for part in PARTS],
+        "seconds": asdict(cost.seconds),
+        "joules": None if cost.joules is None else asdict(cost.joules),
         "rest": [cost.bytes_down, cost.bytes_up, cost.flops, cost.parameters, cost.watts_waiting, cost.source],
     }
 
@@ -82,8 +83,8 @@ def _to_json(job: Job, submodel: int) -> dict[str, Any]:
 def _from_json(entry: dict[str, Any], submodel: Submodel, model: Tensors, strategy: Strategy, seed: int) -> Job:
     order = Order(
         entry["ticket"], entry["client"], entry["version"], entry["rate"], submodel,
-        strategy.objective, strategy.codec.rows, model, seed,
+        strategy.objective, strategy.codec.rows, model, seed, strategy.gather.expires,
     )  # fmt: skip
-    joules = None if entry["joules"] is None else Split(*entry["joules"])
-    cost = Cost(Split(*entry["seconds"]), joules, *entry["rest"])
+    joules = None if entry["joules"] is None else Split(**entry["joules"])
+    cost = Cost(Split(**entry["seconds"]), joules, *entry["rest"])
     return Job(order, entry["arrives"], cost, entry["work"], entry["vanishes"], entry["wanted"])

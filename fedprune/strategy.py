@@ -102,6 +102,7 @@ def one_round(strategy: Strategy, state: ServerState, fleet: Fleet) -> tuple[Ser
             rows=strategy.codec.rows,
             model=state.model,
             seed=state.seed,
+            expires=strategy.gather.expires,
         )
         for number, (client, rate) in enumerate(zip(clients, rates, strict=True))
     ]

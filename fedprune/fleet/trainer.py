@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedprune.axes import Layout
 from fedprune.exchange import Order, Updates
 from fedprune.population import STACK, Population, Private, private_columns
 from fedprune.random import keys
 from fedprune.recommenders import Recommender
 from fedprune.submodel import extract
 from fedprune.training import masks, received, train
+from fedprune.types import Tensors
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,30 @@ Trainer = Callable[[Recommender, Population, Sequence[Order], Sequence[float]], 
 """Trains orders (with the share of its work that each gets to) and returns results in the same order."""
 
 
+Cut = Callable[[Order, Layout], Tensors]
+"""Where an order's cut model comes from."""
+
+
+def cut_here(order: Order, layout: Layout) -> Tensors:
+    """Out of the full model, in this process."""
+    return extract(order.model, layout, order.submodel)
+
+
+def cut_already(order: Order, layout: Layout) -> Tensors:
+    """By the server: the order holds what its client received."""
+    return order.model
+
+
 def one_by_one(
-    recommender: Recommender, population: Population, orders: Sequence[Order], work: Sequence[float]
+    recommender: Recommender,
+    population: Population,
+    orders: Sequence[Order],
+    work: Sequence[float],
+    cut: Cut = cut_here,
 ) -> list[Result]:
     """The reference: every client on its own."""
-    return [_train_stack(recommender, population, [order], [share])[0] for order, share in zip(orders, work, strict=True)]
+    pairs = zip(orders, work, strict=True)
+    return [_train_stack(recommender, population, [order], [share], cut)[0] for order, share in pairs]
 
 
 @dataclass(frozen=True)
@@ -66,6 +87,7 @@ class Stacked:
     """
 
     examples: int = STACK
+    cut: Cut = cut_here
 
     def __call__(
         self, recommender: Recommender, population: Population, orders: Sequence[Order], work: Sequence[float]
@@ -79,13 +101,16 @@ class Stacked:
             clients = [orders[place].client for place in places]
             for members in population.stacks(clients, orders[places[0]].objective, self.examples):
                 stack = [places[member] for member in members]
-                trained = _train_stack(recommender, population, [orders[p] for p in stack], [work[p] for p in stack])
+                own, shares = [orders[p] for p in stack], [work[p] for p in stack]
+                trained = _train_stack(recommender, population, own, shares, self.cut)
                 for place, result in zip(stack, trained, strict=True):
                     results[place] = result
         return [result for result in results if result is not None]
 
 
-def _train_stack(recommender: Recommender, population: Population, orders: list[Order], work: list[float]) -> list[Result]:
+def _train_stack(
+    recommender: Recommender, population: Population, orders: list[Order], work: list[float], cut: Cut
+) -> list[Result]:
     layout, first = recommender.layout, orders[0]
     tickets = [order.ticket for order in orders]
     share = None if all(w == 1.0 for w in work) else work
@@ -96,7 +121,7 @@ def _train_stack(recommender: Recommender, population: Population, orders: list[
     trained = train(
         recommender.score,
         layout,
-        received(layout, extract(first.model, layout, first.submodel), examples),
+        received(layout, cut(first, layout), examples),
         private,
         examples,
         first.objective,

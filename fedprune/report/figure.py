@@ -21,6 +21,7 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#b
 """Paul Tol's "bright" scheme, told apart by colour-blind readers, and three more."""
 PART_COLOURS = {
     "download": "#88ccee",
+    "loading": "#ddcc77",
     "training": "#4477aa",
     "teacher": "#aa3377",
     "upload": "#44aa99",

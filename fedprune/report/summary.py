@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedprune.exchange import PARTS
+
 QUALITY = ("hr10_full", "ndcg10_full", "hr10_expected", "ndcg10_expected")
 
 
@@ -25,9 +27,9 @@ def summarise(
     test = best["evaluation"]["test"]
     target = settings.get("target")
     reached = [e for e in evaluated if target is not None and e["evaluation"]["validation"]["ndcg10_expected"] >= target]
-    seconds = {part: sum(e["seconds"][part] for e in events) for part in events[0]["seconds"]}
+    seconds = {part: sum(e["seconds"].get(part, 0.0) for e in events) for part in (*PARTS, "waiting")}
     reports = sum(e["reports"] for e in rounds)
-    known = all(e["joules"] is not None for e in events)
+    known = all(e["joules"] is not None and None not in e["joules"].values() for e in events)
     total = sum(seconds.values())
     return {
         "strategy": settings["strategy"],

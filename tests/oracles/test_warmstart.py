@@ -7,13 +7,18 @@ import pytest
 from world import ITEMS, USERS, recommender, train
 
 from fedprune.recommenders import mf
-from fedprune.warmstart import WarmStart, contribution, normalised, subspace
+from fedprune.warmstart import Gathered, WarmStart, normalised, subspace
 
 RANK = 4
 
 
+def matrix():
+    """X of everybody, dense."""
+    return normalised(train(), 0.5, np.bincount(train().item, minlength=ITEMS).astype(float)).toarray()
+
+
 def test_rows_are_normalised_by_both_degrees():
-    rows, data = normalised(train(), 0.5).toarray(), train()
+    rows, data = matrix(), train()
     user, item = int(data.user[7]), int(data.item[7])
     degrees = (data.user == user).sum() * (data.item == item).sum()
     assert rows[user, item] == pytest.approx(degrees**-0.5)
@@ -21,9 +26,9 @@ def test_rows_are_normalised_by_both_degrees():
 
 
 def test_equals_the_svd_up_to_sign():
-    rows = normalised(train(), 0.5)
-    vectors, values = subspace(rows, RANK, 300, seed=0)
-    _, expected, right = np.linalg.svd(rows.toarray())
+    rows = matrix()
+    vectors, values = subspace(lambda basis: rows.T @ (rows @ basis), ITEMS, RANK, 300, seed=0)
+    _, expected, right = np.linalg.svd(rows)
     np.testing.assert_allclose(values, expected[:RANK], atol=1e-8)
     overlap = right[:RANK] @ vectors
     # Equal singular values (one per taste) leave a rotation among their vectors free.
@@ -33,20 +38,25 @@ def test_equals_the_svd_up_to_sign():
             assert abs(overlap[place, place]) == pytest.approx(1, abs=1e-5)
 
 
-def test_an_iteration_is_the_sum_of_what_clients_send():
-    rows = normalised(train(), 0.5)
+def test_what_clients_send_adds_up_and_is_placed_alike():
+    whole, data = Gathered(train(), 0.5, {}), train()
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(ITEMS, RANK)))[0]
-    dense = rows.toarray()
-    sent = [contribution(dense[user], basis) for user in range(USERS)]
-    np.testing.assert_allclose(sum(sent), rows.T @ (rows @ basis), atol=1e-12)
-    assert (sent[3][dense[3] == 0] == 0).all(), "a client's items are all it speaks of"
+    halves = [data.part(data.user % 2 == half) for half in (0, 1)]
+    parts = [Gathered(half, 0.5, {}, whole.counts()) for half in halves]
+    np.testing.assert_allclose(parts[0].counts() + parts[1].counts(), whole.counts())
+    np.testing.assert_allclose(parts[0].spread(basis) + parts[1].spread(basis), whole.spread(basis), atol=1e-12)
+    untouched = np.setdiff1d(np.arange(ITEMS), halves[0].item)
+    assert (parts[0].spread(basis)[untouched] == 0).all(), "a client's items are all it speaks of"
+    for crowd in (whole, *parts):
+        crowd.place("rows", basis)
+    np.testing.assert_allclose(parts[0].private["rows"] + parts[1].private["rows"], whole.private["rows"], atol=1e-6)
 
 
 def test_embeddings_reproduce_the_truncated_svd_up_to_scale():
     what = mf(users=USERS, items=ITEMS, latent=RANK)
     model, private = WarmStart(iterations=300)(what, train(), what.initial(0), what.initial_private(0), seed=0)
     product = (private["user_embedding"] @ model["item_embedding"].T).double().numpy()
-    left, values, right = np.linalg.svd(normalised(train(), 0.5).toarray())
+    left, values, right = np.linalg.svd(matrix())
     expected = left[:, :RANK] * values[:RANK] @ right[:RANK]
     np.testing.assert_allclose(product / np.linalg.norm(product), expected / np.linalg.norm(expected), atol=1e-5)
     for embedding in (model["item_embedding"], private["user_embedding"]):

@@ -1,0 +1,178 @@
+"""Orders to a message and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
+
+from fedprune.axes import Layout
+from fedprune.errors import FleetError, LayoutError
+from fedprune.exchange import Order
+from fedprune.flower.wire.fields import FORMAT, arrays_of, flat, list_of, need, part_of, speaks, value_of
+from fedprune.objective import Objective
+from fedprune.submodel import Submodel, extract
+from fedprune.types import IntArray, Tensors
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What one node is to do.
+
+    Attributes:
+        run: which run it belongs to; the reply repeats it.
+        settings: that run's settings, JSON.
+        orders: their `model` is the cut alone (`trainer.cut_already`).
+        work: share of its examples that each order is to do; 1.0 where that is the device's own business.
+        private: rows that travel along, in simulations.
+    """
+
+    run: str
+    settings: str
+    orders: tuple[Order, ...]
+    work: tuple[float, ...]
+    private: Tensor | None = None
+
+
+def write_orders(
+    orders: Sequence[Order],
+    layout: Layout,
+    *,
+    run: str,
+    settings: str,
+    work: Sequence[float] | None = None,
+    private: Tensor | None = None,
+) -> RecordDict:
+    """The message content for one node. Equal cuts and equal submodels are written once."""
+    cuts: dict[tuple[int, bytes], int] = {}
+    submodels: dict[bytes, int] = {}
+    model, units = [], []
+    for order in orders:
+        key = (id(order.model), order.submodel.held_key)
+        if key not in cuts:
+            cuts[key] = len(cuts)
+            cut = extract(order.model, layout, order.submodel)
+            model += [cut[name].flatten() for name in layout.named("shared", "touched")]
+        if order.submodel.key not in submodels:
+            submodels[order.submodel.key] = len(submodels)
+            units += [_bits(layout, order.submodel.held), _bits(layout, order.submodel.trained)]
+    first = orders[0]
+    config: dict[str, Any] = {
+        "format": FORMAT,
+        "server-round": max(order.version for order in orders),
+        "run": run,
+        "settings": settings,
+        "seed": first.seed,
+        "rows": first.rows,
+        "tickets": [order.ticket for order in orders],
+        "clients": [order.client for order in orders],
+        "versions": [order.version for order in orders],
+        "rates": [float(order.rate) for order in orders],
+        "cuts": [cuts[id(order.model), order.submodel.held_key] for order in orders],
+        "submodels": [submodels[order.submodel.key] for order in orders],
+        "work": [float(share) for share in (work or [1.0] * len(orders))],
+    }
+    for entry in fields(Objective):
+        value = getattr(first.objective, entry.name)
+        if value is not None:
+            config[f"objective.{entry.name}"] = list(value) if isinstance(value, tuple) else value
+    if first.expires is not None:
+        config["expires"] = float(first.expires)
+    arrays = {"model": torch.cat(model), "units": torch.from_numpy(np.concatenate(units))}
+    if private is not None:
+        arrays["private"] = private
+    return RecordDict({"arrays": arrays_of(arrays), "config": ConfigRecord(config)})
+
+
+def read_orders(content: RecordDict, layout: Layout) -> Parcel:
+    """What a node was sent.
+
+    Raises:
+        FleetError: which field is wrong, and how.
+    """
+    config = part_of(content, "config", ConfigRecord)
+    speaks(config)
+    lists = {name: list_of(config, name, int) for name in ("tickets", "clients", "versions", "cuts", "submodels")}
+    lists |= {name: list_of(config, name, float) for name in ("rates", "work")}
+    count = len(lists["tickets"])
+    for name, values in lists.items():
+        need(len(values) == count, name, f"has {len(values)} entries for {count} tickets")
+    for name in ("cuts", "submodels"):
+        need(set(lists[name]) == set(range(max(lists[name]) + 1)), name, f"must number from 0 on; got {lists[name]}")
+    rows = value_of(config, "rows", str)
+    need(rows in ("table", "touched"), "rows", f'is "{rows}"; it is table or touched')
+    held_by = _units(content, layout, max(lists["submodels"]) + 1)
+    objective, seed = _objective(config), value_of(config, "seed", int)
+    expires = value_of(config, "expires", float) if "expires" in config else None
+    cuts = _cuts(content, layout, lists["cuts"], [held_by[number] for number in lists["submodels"]])
+    numbered = zip(*(lists[n] for n in ("tickets", "clients", "versions", "rates", "submodels", "cuts")), strict=True)
+    orders = tuple(
+        Order(ticket, client, version, rate, held_by[submodel], objective, rows, cuts[cut], seed, expires)
+        for ticket, client, version, rate, submodel, cut in numbered
+    )
+    arrays = part_of(content, "arrays", ArrayRecord)
+    private = flat(arrays, "private", np.float32) if "private" in arrays else None
+    return Parcel(
+        value_of(config, "run", str),
+        value_of(config, "settings", str),
+        orders,
+        tuple(lists["work"]),
+        None if private is None else torch.from_numpy(private),
+    )
+
+
+def _bits(layout: Layout, units: Mapping[str, IntArray]) -> np.ndarray:
+    """Units of every prunable axis as bits, each axis padded to whole bytes; uint8."""
+    parts = []
+    for name, axis in layout.prunable.items():
+        flags = np.zeros(axis.size, bool)
+        flags[units[name]] = True
+        parts.append(np.packbits(flags))
+    return np.concatenate(parts)
+
+
+def _units(content: RecordDict, layout: Layout, count: int) -> list[Submodel]:
+    size = sum(-(-axis.size // 8) for axis in layout.prunable.values())
+    packed = flat(part_of(content, "arrays", ArrayRecord), "units", np.uint8, 2 * size * count).reshape(count, 2, size)
+    submodels = []
+    for number in range(count):
+        held, trained = ({}, {})
+        for units, row in ((held, packed[number, 0]), (trained, packed[number, 1])):
+            start = 0
+            for name, axis in layout.prunable.items():
+                stop = start + -(-axis.size // 8)
+                units[name] = np.flatnonzero(np.unpackbits(row[start:stop])[: axis.size]).astype(np.int64)
+                start = stop
+        try:
+            submodels.append(Submodel.checked(layout, held, trained))
+        except LayoutError as error:
+            raise FleetError(f'field "units": {error}') from None
+    return submodels
+
+
+def _cuts(content: RecordDict, layout: Layout, cut_of: Sequence[int], submodels: Sequence[Submodel]) -> list[Tensors]:
+    holder = dict(zip(cut_of, submodels, strict=True))
+    names = layout.named("shared", "touched")
+    shapes = [[layout.shape(name, holder[number].widths) for name in names] for number in range(len(holder))]
+    sizes = [math.prod(shape) for cut in shapes for shape in cut]
+    whole = torch.from_numpy(flat(part_of(content, "arrays", ArrayRecord), "model", np.float32, sum(sizes)))
+    need(bool(torch.isfinite(whole).all()), "model", "holds a NaN or an infinite value")
+    parts = iter(whole.split(sizes))
+    return [{name: next(parts).reshape(shape) for name, shape in zip(names, cut, strict=True)} for cut in shapes]
+
+
+def _objective(config: ConfigRecord) -> Objective:
+    values: dict[str, Any] = {}
+    known = {entry.name: entry for entry in fields(Objective)}
+    for key, value in config.items():
+        if key.startswith("objective."):
+            name = key.removeprefix("objective.")
+            need(name in known, key, "is not a term of the objective that this version knows")
+            values[name] = tuple(value) if isinstance(value, list) else value  # type: ignore[arg-type]
+    return Objective(**values)
