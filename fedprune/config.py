@@ -24,6 +24,7 @@ class Settings(BaseModel):
     # ---- data and clients
     data: str = Field("ml-100k", description="a known data set, or the path of a user's own file")
     min_interactions: int = Field(1, ge=1, description="k-core: fewest interactions per user and item")
+    catalogue: str | None = Field(None, description="item ids, one per line, for devices that bring their own data")
     silos: int | None = Field(None, ge=1, description="number of silos of users; none: one client per user")
     silos_by: Literal["equal", "quantity", "dirichlet"] = Field("equal", description="how users are dealt to silos")
 
@@ -111,20 +112,34 @@ class Settings(BaseModel):
         table = {strategy: self.tables[strategy]} if strategy in self.tables else {}
         return self.model_copy(update={"strategy": strategy, "strategies": [], "tables": table})
 
+    def changed(self) -> dict[str, Any]:
+        """Settings that differ from their defaults."""
+        default = Settings.model_validate({})
+        return {name: value for name, value in self.model_dump().items() if value != getattr(default, name)}
+
+    def to_json(self) -> str:
+        """The same settings from `from_json`, on another machine."""
+        return json.dumps(self.changed(), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Settings:
+        """Settings that another process wrote.
+
+        Raises:
+            ConfigError: a setting that this version does not know.
+        """
+        return validated(json.loads(text))
+
     def identity(self) -> str:
         """`<strategy>-<hash of settings that differ from their defaults>`: a new setting at its default renames nothing."""
-        default = Settings.model_validate({})
-        changed = {
-            name: value
-            for name, value in self.model_dump().items()
-            if value != getattr(default, name) and name not in ("seed", "strategies")
-        }
+        changed = {name: value for name, value in self.changed().items() if name not in ("seed", "strategies")}
         digest = hashlib.blake2b(json.dumps(changed, sort_keys=True).encode(), digest_size=4).hexdigest()
         return f"{self.strategy}-{digest}"
 
 
 COMMON = (
-    "data", "min_interactions", "silos", "silos_by", "silos_alpha", "devices", "sigma", "device_class", "report_seconds", "mix",
+    "data", "catalogue",
+    "min_interactions", "silos", "silos_by", "silos_alpha", "devices", "sigma", "device_class", "report_seconds", "mix",
     "workload", "noise", "availability", "dropout", "virtual_seconds", "evaluations", "target", "seed",
 )  # fmt: skip
 """Settings that runs must share to be comparable."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,11 +94,14 @@ class Experiment(Protocol):
 def open_record(settings: Settings, folder: Path, data: str) -> RunRecord:
     """The folder of one run, `<folder>/<identity>/seed<n>`; `data` is the fingerprint of what it is about.
 
+    A run also gets a name of its own, by which devices know it again after the server was restarted.
+
     Raises:
         RecordError: the folder holds a run on other data.
     """
     record = RunRecord(folder / settings.identity() / f"seed{settings.seed}")
-    record.begin({"settings": settings.model_dump(), "versions": _versions(), "data": data})
+    name = f"{settings.strategy}-{uuid.uuid4().hex[:12]}"
+    record.begin({"name": name, "settings": settings.model_dump(), "versions": _versions(), "data": data})
     return record
 
 

@@ -53,6 +53,11 @@ class RunRecord:
         self._rows: list[dict[str, list]] = []
 
     @property
+    def about(self) -> dict[str, Any]:
+        """What `begin` wrote when the run began."""
+        return json.loads((self.folder / "run.json").read_text())
+
+    @property
     def finished(self) -> dict[str, Any] | None:
         """The summary, if the run has ended."""
         path = self.folder / "summary.json"
@@ -67,7 +72,7 @@ class RunRecord:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "run.json"
         if path.exists():
-            if json.loads(path.read_text())["data"] != about["data"]:
+            if self.about["data"] != about["data"]:
                 raise RecordError(
                     f"{self.folder} holds a run on other data than {about['settings']['data']} now has; "
                     "name another --out, or delete that folder"

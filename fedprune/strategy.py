@@ -86,9 +86,21 @@ class Round:
 
 def one_round(strategy: Strategy, state: ServerState, fleet: Fleet) -> tuple[ServerState, Round]:
     """Choose, size, cut, send, wait, merge, learn: every strategy in the catalog is this function."""
-    began, roster, layout = fleet.now(), fleet.idle(), state.layout
-    pruning = strategy.pruning.prepare(state.pruning, state.model, layout)
+    began, roster = fleet.now(), fleet.idle()
+    orders, pruning = ask(strategy, state, roster)
 
+    fleet.send(orders)
+    arrived, lost = strategy.gather(fleet, orders)
+    reports = [arrival(report, state.version, fleet.now()) for report in arrived]
+
+    after = learn(strategy, replace(state, pruning=pruning), orders, reports, lost, roster.population)
+    return after, Round(state.version, began, fleet.now(), tuple(orders), tuple(reports), tuple(lost))
+
+
+def ask(strategy: Strategy, state: ServerState, roster: Roster) -> tuple[list[Order], Memory]:
+    """The first half of a round: who is to train what. Also what the pruning then remembers."""
+    layout = state.layout
+    pruning = strategy.pruning.prepare(state.pruning, state.model, layout)
     clients = strategy.selector.choose(state.selection, roster, state.chance("choose")).tolist()
     rates = strategy.rates.propose(state.rates, np.array(clients, int), roster, layout.smallest_rate).tolist()
     orders = [
@@ -106,23 +118,23 @@ def one_round(strategy: Strategy, state: ServerState, fleet: Fleet) -> tuple[Ser
         )
         for number, (client, rate) in enumerate(zip(clients, rates, strict=True))
     ]
+    return orders, pruning
 
-    fleet.send(orders)
-    arrived, lost = strategy.gather(fleet, orders)
-    reports = [arrival(report, state.version, fleet.now()) for report in arrived]
 
-    model, optimiser = strategy.merge(state.model, state.optimiser, layout, reports)
-    after = replace(
+def learn(
+    strategy: Strategy, state: ServerState, orders: list[Order], reports: list[Report], lost: list[Lost], population: int
+) -> ServerState:
+    """The second half: the next model, and what the parts make of the reports."""
+    model, optimiser = strategy.merge(state.model, state.optimiser, state.layout, reports)
+    return replace(
         state,
         model=model,
         version=state.version + 1,
         ticket=state.ticket + len(orders),
         optimiser=optimiser,
         selection=strategy.selector.learn(state.selection, reports, lost),
-        rates=strategy.rates.learn(state.rates, reports, lost, roster.population),
-        pruning=pruning,
+        rates=strategy.rates.learn(state.rates, reports, lost, population),
     )
-    return after, Round(state.version, began, fleet.now(), tuple(orders), tuple(reports), tuple(lost))
 
 
 def arrival(report: Report, version: Version, merged: Seconds) -> Report:

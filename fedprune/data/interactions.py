@@ -92,6 +92,7 @@ def arrange(
     time: NDArray[np.integer | np.floating] | None = None,
     notes: Sequence[str] = (),
     min_interactions: int = 1,
+    least: int = 2,
 ) -> Interactions:
     """Sort numbered rows by user and time, keep the first of repeated pairs, and peel to the k-core.
 
@@ -105,9 +106,10 @@ def arrange(
         time: `[rows]`, any number type without NaN, or None.
         notes: sentences to start from.
         min_interactions: k of the k-core: every user and every item keeps at least k rows, iterated until that holds.
+        least: users and items there must be at least.
 
     Raises:
-        DataError: fewer than two users or two items remain, or `min_interactions` is below 1.
+        DataError: fewer than `least` users or items remain, or `min_interactions` is below 1.
     """
     if min_interactions < 1:
         raise DataError(f"min_interactions is {min_interactions}; it must be at least 1, where nothing is left out.")
@@ -134,10 +136,10 @@ def arrange(
     order, user, item = order[kept], user[kept], item[kept]
     present_users, user = np.unique(user, return_inverse=True)
     present_items, item = np.unique(item, return_inverse=True)
-    if len(present_users) < 2 or len(present_items) < 2:
+    if len(present_users) < least or len(present_items) < least:
         raise DataError(
-            f"{name} has {len(order):,} usable rows, {len(present_users)} users and {len(present_items)} items; a "
-            "recommender needs at least 2 users and 2 items." + (f" {' '.join(said)}" if said else "")
+            f"{name} has {len(order):,} usable rows, {len(present_users)} users and {len(present_items)} items; "
+            f"at least {least} of each are needed." + (f" {' '.join(said)}" if said else "")
         )
     return Interactions(
         name=name,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,39 @@ def load(source: str | Path, *, min_interactions: int = 1) -> Interactions:
         notes=notes,
         min_interactions=min_interactions,
     )
+
+
+def load_own(path: Path, catalogue: Sequence[str]) -> Interactions:
+    """Read a device's own file, with items numbered as the catalogue lists them.
+
+    Args:
+        path: as in `load`; one user is enough.
+        catalogue: ids of all items that the model knows. Rows of other items are left out, and `notes` says how many.
+
+    Raises:
+        DataError: whatever is wrong with the file, or nothing of it is in the catalogue.
+    """
+    frame, notes = clean(read_table(path), path.stem)
+    known = frame.filter(pl.col("item").is_in(list(catalogue)))
+    if strange := len(frame) - len(known):
+        notes = [*notes, f"{strange:,} of {len(frame):,} rows dropped: their item is not in the catalogue."]
+    if not len(known):
+        raise DataError(f"{path}: none of its {len(frame):,} rows is about an item of the catalogue ({len(catalogue):,} items)")
+    user, user_ids = _numbered(known["user"])
+    number = {item: place for place, item in enumerate(catalogue)}
+    there = arrange(
+        path.stem,
+        user,
+        np.array([number[item] for item in known["item"]], np.int64),
+        user_ids=user_ids,
+        item_ids=list(catalogue),
+        rating=known["rating"].to_numpy() if "rating" in known.columns else None,
+        time=known["time"].to_numpy() if "time" in known.columns else None,
+        notes=notes,
+        least=1,
+    )
+    renumbered = np.array([number[item] for item in there.item_ids], np.int64)
+    return replace(there, item=renumbered[there.item], item_ids=tuple(catalogue))
 
 
 def _numbered(ids: pl.Series) -> tuple[IntArray, list[str]]:

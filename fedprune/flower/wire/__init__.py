@@ -20,6 +20,7 @@ Nothing here changes what it is given: in one process, sender and receiver share
 from fedprune.flower.wire.fields import read_array as read_array
 from fedprune.flower.wire.fields import read_config as read_config
 from fedprune.flower.wire.fields import read_metric as read_metric
+from fedprune.flower.wire.fields import read_option as read_option
 from fedprune.flower.wire.fields import write_numbers as write_numbers
 from fedprune.flower.wire.orders import Parcel as Parcel
 from fedprune.flower.wire.orders import read_orders as read_orders

@@ -117,6 +117,11 @@ def read_config(content: RecordDict, name: str, kind: type) -> Any:
     return value_of(config, name, kind)
 
 
+def read_option(content: RecordDict, name: str, kind: type, otherwise: Any) -> Any:
+    """One setting of a message, if it is there."""
+    return read_config(content, name, kind) if name in part_of(content, "config", ConfigRecord) else otherwise
+
+
 def read_metric(content: RecordDict, name: str, kind: type = float) -> Any:
     """One figure of a message, finite.
 

@@ -164,7 +164,8 @@ def _cuts(content: RecordDict, layout: Layout, cut_of: Sequence[int], submodels:
     whole = torch.from_numpy(flat(part_of(content, "arrays", ArrayRecord), "model", np.float32, sum(sizes)))
     need(bool(torch.isfinite(whole).all()), "model", "holds a NaN or an infinite value")
     parts = iter(whole.split(sizes))
-    return [{name: next(parts).reshape(shape) for name, shape in zip(names, cut, strict=True)} for cut in shapes]
+    # Cloned: kernels round differently on memory that is not aligned, as a piece of a flat buffer may be.
+    return [{name: next(parts).reshape(shape).clone() for name, shape in zip(names, cut, strict=True)} for cut in shapes]
 
 
 def _objective(config: ConfigRecord) -> Objective:

@@ -1,0 +1,269 @@
+"""A run on real devices: the warm start, evaluation and checkpoints of an experiment whose data is elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, RecordDict
+from flwr.serverapp import Grid
+
+from fedprune.config import Settings
+from fedprune.data import load
+from fedprune.errors import ConfigError, FleetError
+from fedprune.exchange import Lost, Order
+from fedprune.experiment import Watcher, conduct, open_record, recommender_of, spread, strategy_of
+from fedprune.flower import wire
+from fedprune.flower.compat import wire_bytes
+from fedprune.flower.crew import Crew
+from fedprune.flower.fleet import FlowerFleet
+from fedprune.flower.nodes import Nodes, spoken
+from fedprune.recommenders import Recommender
+from fedprune.record import Snapshot
+from fedprune.strategy import ServerState, Strategy
+from fedprune.types import ClientId, FloatArray, Seconds
+from fedprune.warmstart import WarmStart
+
+log = logging.getLogger(__name__)
+FINISH_SECONDS = 180.0
+"""How long the last evaluation waits for devices that are still at work."""
+
+
+def deploy(
+    settings: Settings,
+    folder: Path,
+    grid: Grid,
+    *,
+    wait_seconds: Seconds = 300.0,
+    watch: Watcher | None = None,
+    nodes: Nodes | None = None,
+) -> dict[str, Any]:
+    """Run one strategy on the devices behind a grid, or go on with it where the server was stopped.
+
+    Args:
+        wait_seconds: how long to wait for all devices before the first round.
+
+    Returns:
+        The summary (`report.summary.summarise`); its `virtual_seconds` are the wall clock's.
+
+    Raises:
+        FedpruneError: bad settings, or devices are missing.
+    """
+    settings = settings.only(settings.strategy)
+    if settings.silos is None:
+        raise ConfigError("silos is not set; on real devices it says how many there are (one SuperNode each)")
+    catalogue = catalogue_of(settings)
+    digest = hashlib.blake2b("\n".join(catalogue).encode(), digest_size=8).hexdigest()
+    record = open_record(settings, folder, f"{digest} on {settings.silos} devices")
+    if record.finished is not None:
+        return record.finished
+    deployment = Deployment.of(settings, nodes or Nodes(grid), record.about["name"], catalogue, wait_seconds)
+    return conduct(deployment, record, watch)
+
+
+def catalogue_of(settings: Settings) -> list[str]:
+    """Ids of all items, in the order of their numbers: of `settings.catalogue`, or of the public data set.
+
+    Raises:
+        ConfigError: the file is missing, or holds fewer than two items or one twice.
+    """
+    if settings.catalogue is None:
+        return list(load(settings.data, min_interactions=settings.min_interactions).item_ids)
+    path = Path(settings.catalogue).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"no catalogue {path}; it is a text file with one item id per line")
+    items = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if len(items) < 2 or len(set(items)) < len(items):
+        raise ConfigError(f"{path} lists {len(items)} items, {len(set(items))} of them different; each once, and at least 2")
+    return items
+
+
+@dataclass
+class Deployment:
+    """An `experiment.Experiment` on real devices. Private rows and held-out items never leave them."""
+
+    settings: Settings
+    strategy: Strategy
+    recommender: Recommender
+    crew: Crew
+    fleet: FlowerFleet
+    state: ServerState
+    run: str
+    wait_seconds: Seconds
+    _moved: dict[str, int] = field(default_factory=lambda: {"bytes_down": 0, "bytes_up": 0})
+
+    @classmethod
+    def of(
+        cls, settings: Settings, nodes: Nodes, run: str, catalogue: Sequence[str], wait_seconds: Seconds = 300.0
+    ) -> Deployment:
+        """Build the server's side; nobody is asked yet."""
+        own, arguments = settings.of(settings.strategy)
+        clients = own.silos or 1
+        recommender = recommender_of(own, clients, len(catalogue))
+        text, items = settings.to_json(), "\n".join(catalogue)
+        crew = Crew(nodes, clients, len(catalogue), lambda: wire.write_numbers(run, text, items=items))
+        fleet = FlowerFleet(crew, recommender.layout, run, text)
+        state = ServerState(recommender.initial(own.seed), recommender.layout, own.seed)
+        return cls(own, strategy_of(own, arguments), recommender, crew, fleet, state, run, wait_seconds)
+
+    @property
+    def clients(self) -> int:
+        """How many there are to be."""
+        return self.crew.clients
+
+    def begin(self) -> tuple[ServerState, dict[str, Any]]:
+        """Wait for everybody, then the federated SVD, one exchange per iteration."""
+        self.crew.gather(self.wait_seconds)
+        start = WarmStart(self.settings.warm_start, popularity_bias=self.settings.popularity_bias)
+        model = start.start(self.recommender, Apart(self, start.norm), self.state.model, self.settings.seed)
+        ended = self.fleet.now()
+        self.state = ServerState(model, self.state.layout, self.state.seed)
+        seconds = dict.fromkeys(("download", "loading", "training", "teacher", "upload"), 0.0)
+        event = {"version": -1, "began": 0.0, "ended": ended, "flops": 0.0, **self._moved, "joules": None, "source": "measured"}
+        return self.state, event | {"seconds": seconds | {"waiting": ended * self.clients}}
+
+    def resume(self, state: ServerState, kept: Snapshot) -> None:
+        """Set the clock; orders that were on their way are lost with the server that sent them."""
+        self.fleet.go_on_from(kept.about["clock"])
+        self.fleet.full_seconds |= {int(client): seconds for client, seconds in kept.about["full_seconds"].items()}
+
+    def snapshot(self, state: ServerState) -> Snapshot:
+        """The clock, and how long everybody's first report took. Private rows are on the devices."""
+        return Snapshot({}, {"clock": self.fleet.now(), "full_seconds": self.fleet.full_seconds})
+
+    def unfinished(self) -> list[Lost]:
+        """Wanted orders still on their way."""
+        return self.fleet.unfinished()
+
+    def heterogeneity(self) -> dict[str, float]:
+        """By how long each client's first report took, scaled to the full model."""
+        seconds = np.array(list(self.fleet.full_seconds.values()) or [1.0])
+        return spread(seconds / seconds.min())
+
+    def evaluate(self, state: ServerState, silent: Sequence[int] = (), final: bool = False) -> dict[str, dict[str, float]]:
+        """Every device ranks for its own users, with the submodel it would serve them with, and says how well.
+
+        Devices at work are left out, unless it is the last evaluation; the clock stands still meanwhile. The whole model is
+        not sent to who cannot hold it, so there are no `_global` figures.
+        """
+        with self.fleet.stopped():
+            if final:
+                self.fleet.wait_until_idle(FINISH_SECONDS)
+            roster = self.fleet.idle()
+            submodels = self.strategy.submodels(state, roster.clients, roster)
+            contents = {}
+            for client, submodel in zip(roster.clients.tolist(), submodels, strict=True):
+                node = self.crew.node_of(client)
+                assert node is not None
+                order = Order(
+                    0, client, state.version, 1.0, submodel, self.strategy.objective, self.strategy.codec.rows, state.model,
+                    state.seed,
+                )  # fmt: skip
+                contents[node] = wire.write_orders([order], state.layout, run=self.run, settings=self.fleet.settings)
+                if client in silent and self.settings.listen_steps:
+                    config = contents[node]["config"]
+                    assert isinstance(config, ConfigRecord)
+                    config["listen"] = self.settings.listen_steps
+            answers = self.crew.nodes.ask(contents, "evaluate", group=str(state.version), seconds=FINISH_SECONDS)
+        said: dict[ClientId, RecordDict] = {}
+        for client in roster.clients.tolist():
+            answer = answers[self.crew.node_of(client) or 0]
+            if answer.content is None:
+                log.warning("client %s could not be evaluated: %s", client, answer.error)
+            else:
+                said[client] = answer.content
+        return {name: self._averaged(said, name) for name in ("validation", "test")}
+
+    def _averaged(self, said: dict[ClientId, RecordDict], split: str) -> dict[str, float]:
+        """Means over all evaluated users, and over those of the slowest quarter of the devices."""
+        seconds = self.fleet.full_seconds
+        limit = float(np.quantile(list(seconds.values()), 0.75)) if seconds else 0.0
+        slow = {client for client in said if seconds.get(client, 0.0) >= limit}
+        result: dict[str, float] = {}
+        for suffix, among in (("", set(said)), ("_slow", slow)):
+            users = {client: wire.read_metric(said[client], f"{split}-users", int) for client in among}
+            total = sum(users.values())
+            if not total:
+                continue
+            for protocol in ("full", "expected", "draw"):
+                for name in ("hr10", "ndcg10"):
+                    figure = f"{name}_{protocol}"
+                    sums = [n * wire.read_metric(said[c], f"{split}-{figure}") for c, n in users.items() if n]
+                    result[figure + suffix] = sum(sums) / total
+            result[f"users{suffix}"] = total
+        if "users" not in result:
+            raise FleetError(f"no device could be evaluated on {split}; {len(said)} answered, none has a held-out item")
+        return result
+
+    def ask_everybody(self, action: str, content: Callable[[ClientId], RecordDict], what: str) -> dict[ClientId, RecordDict]:
+        """Ask all clients, and count the bytes.
+
+        Raises:
+            FleetError: one does not answer.
+        """
+        nodes = {self.crew.node_of(client) or 0: client for client in range(self.clients)}
+        contents = {node: content(client) for node, client in nodes.items()}
+        answers = spoken(self.crew.nodes.ask(contents, action, seconds=self.wait_seconds), what)
+        self._moved["bytes_down"] += sum(map(wire_bytes, contents.values()))
+        self._moved["bytes_up"] += sum(map(wire_bytes, answers.values()))
+        return {nodes[node]: answer for node, answer in answers.items()}
+
+
+@dataclass
+class Apart:
+    """A `warmstart.Crowd` whose interactions are on the devices."""
+
+    deployment: Deployment
+    norm: float
+    _counts: FloatArray | None = None
+
+    @property
+    def users(self) -> int:
+        """As they said when they were first asked."""
+        return sum(facts.users for facts in self.deployment.crew.facts.values())
+
+    def counts(self) -> FloatArray:
+        """Interactions per item."""
+        if self._counts is None:
+            self._counts = self._sum("counts", "counts", ())
+        return self._counts
+
+    def spread(self, basis: FloatArray) -> FloatArray:
+        """X^T X Q, one exchange."""
+        return self._sum("spread", "sum", basis.shape[1:], basis=basis)
+
+    def place(self, name: str, projection: FloatArray) -> None:
+        """One exchange; nothing comes back."""
+        self._sum("place", None, (), basis=projection, tensor=name)
+
+    def _sum(
+        self, step: str, wanted: str | None, shape: tuple[int, ...], basis: FloatArray | None = None, **config: str
+    ) -> FloatArray:
+        run, settings, items = self.deployment.run, self.deployment.fleet.settings, self.deployment.crew.items
+        arrays = {} if basis is None else {"basis": basis, "counts": self.counts()}
+        rank = 0 if basis is None else basis.shape[1]
+
+        def content(client: ClientId) -> RecordDict:
+            return wire.write_numbers(run, settings, arrays=arrays, step=step, norm=self.norm, rank=rank, **config)
+
+        answers = self.deployment.ask_everybody("query.warm_start", content, f"the warm start ({step})")
+        total = np.zeros((items, *shape))
+        if wanted is not None:
+            for client in sorted(answers):  # float addition does not commute
+                total += wire.read_array(answers[client], wanted, (items, *shape), np.float64)
+        return total
+
+
+def say(event: dict[str, Any]) -> str:
+    """A round in one line, for whoever watches."""
+    words = f"round {event['version'] + 1}: {event['ended']:.1f} s, {event['reports']} of {event['asked']} reports"
+    if event.get("fastest_update") is not None:
+        words += f", updates took {event['fastest_update']:.1f} to {event['slowest_update']:.1f} s"
+    if "evaluation" in event:
+        words += f", validation NDCG@10 (1+99) {event['evaluation']['validation']['ndcg10_expected']:.4f}"
+    return "; ".join([words, *event.get("refused", [])])

@@ -1,0 +1,281 @@
+"""A real device: its own data, its own private rows, its own stopwatch. What leaves it is in `wire`, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import MetricRecord, RecordDict
+
+from fedprune import energy
+from fedprune.config import Settings
+from fedprune.data import Split, leave_one_out, load_own
+from fedprune.errors import DataError, FleetError
+from fedprune.evaluation import average, quality, rank_held_out
+from fedprune.exchange import Order
+from fedprune.experiment import recommender_of
+from fedprune.fleet.trainer import cut_already, one_by_one
+from fedprune.flower import wire
+from fedprune.flower.store import Store, home, rows_of
+from fedprune.population import Population
+from fedprune.recommenders import Recommender
+from fedprune.serving import cut_scorer, listen
+from fedprune.simulation import clients_of, read_data
+from fedprune.types import IntArray, Seconds
+from fedprune.warmstart import Gathered
+
+PADDING_BYTES = 131_072
+"""Sent along with a device's first answer, so that its upload speed is known before its first report."""
+TRANSFERS = "FEDPRUNE_TRANSFERS"
+"""Environment variable: the file in which `fedprune-supernode` notes how long messages took to travel."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One client of a run on this machine.
+
+    Attributes:
+        client: its number in the run (`partition-id` of the SuperNode's --node-config).
+        split: this device's own interactions; or, without a `data` file of its own, a public data set of which the device
+            trains on its share alone.
+    """
+
+    settings: Settings
+    run: str
+    client: int
+    node_config: Mapping[str, Any]
+    split: Split
+    recommender: Recommender
+    population: Population
+    local: int
+    store: Store
+
+    @classmethod
+    def of(cls, content: RecordDict, node_config: Mapping[str, Any]) -> Device:
+        """The device that a message is for.
+
+        Raises:
+            FleetError: the node says no `partition-id`, or has not been told the catalogue yet.
+            DataError: its own file cannot be read.
+        """
+        if "partition-id" not in node_config:
+            raise FleetError("the SuperNode has no partition-id; start it with --node-config 'partition-id=0' (0, 1, 2 ...)")
+        run, text = wire.read_config(content, "run", str), wire.read_config(content, "settings", str)
+        client = int(node_config["partition-id"])
+        own = str(node_config["data"]) if "data" in node_config else None
+        store = Store(home(node_config) / run, client)
+        if own is not None and (items := wire.read_option(content, "items", str, "")):
+            store.note(items=items)
+        settings, split, recommender, fresh = _world(text, own, store.facts().get("items", "") if own else "")
+        population = fresh.copy()  # the process may serve other runs and clients
+        local = 0 if own else client
+        if local >= population.clients:
+            raise FleetError(f"partition-id is {client}; this run has clients 0 to {population.clients - 1}")
+        store.load(population, population.users_of[local])
+        return cls(settings, run, client, node_config, split, recommender, population, local, store)
+
+    @property
+    def users(self) -> IntArray:
+        """Whose data is here, in the population's numbers."""
+        return self.population.users_of[self.local]
+
+    @cached_property
+    def meter(self) -> energy.Meter | None:
+        """What measures this device's joules, if anything can; `meter` in --node-config chooses."""
+        return _meter(str(self.node_config.get("meter", "auto")))
+
+    # ---- what a device can be asked for ------------------------------------------------------------------------------
+
+    def hello(self, content: RecordDict) -> RecordDict:
+        """Who this is: how many users and interactions, how fast, and what it draws at rest."""
+        facts = self.store.facts()
+        if "flops" not in facts:
+            facts["flops"] = probe()
+            if self.meter is not None:
+                facts["watts-idle"] = energy.idle_watts(self.meter)
+            self.store.note(**facts)
+        train = self.split.train
+        rows = sum(len(train.items_of(int(user))) for user in self.users)
+        answer = wire.write_numbers(self.run, "", arrays={"padding": _noise(PADDING_BYTES)}, client=self.client)
+        figures = {"users": len(self.users), "interactions": rows, "items": train.items, "flops": float(facts["flops"])}
+        if "slowness" in self.node_config:
+            figures["slowness"] = float(self.node_config["slowness"])
+        answer["metrics"] = MetricRecord(figures)
+        return answer
+
+    def warm_start(self, content: RecordDict) -> RecordDict:
+        """This device's part of the federated SVD (`warmstart.Crowd`)."""
+        step, train = wire.read_config(content, "step", str), self.split.train
+        mine = train.part(np.isin(train.user, self.users))
+        shape = (train.items,)
+        if step == "counts":
+            crowd = Gathered(mine, 0.0, {})
+            return wire.write_numbers(self.run, "", arrays={"counts": crowd.counts()})
+        norm, rank = wire.read_config(content, "norm", float), wire.read_config(content, "rank", int)
+        counts = wire.read_array(content, "counts", shape, np.float64)
+        basis = wire.read_array(content, "basis", (train.items, rank), np.float64)
+        crowd = Gathered(mine, norm, {}, counts)
+        if step == "spread":
+            return wire.write_numbers(self.run, "", arrays={"sum": crowd.spread(basis)})
+        name = wire.read_config(content, "tensor", str)
+        before = rows_of(self.population, self.users)
+        crowd.place(name, basis)
+        at = torch.from_numpy(self.users)
+        self.population.private.values[name][at] = crowd.private[name][at]
+        self.store.keep(before, self.population, self.users, -1)
+        return wire.write_numbers(self.run, "")
+
+    def train(self, content: RecordDict) -> RecordDict:
+        """Work on the order, keep the private rows, report the update and what it cost."""
+        spans = energy.Spans(self.meter)
+        with spans("loading"):
+            parcel = wire.read_orders(content, self.recommender.layout)
+            if len(parcel.orders) != 1 or parcel.orders[0].client != self.client:
+                raise FleetError(f"client {self.client} got orders for {[order.client for order in parcel.orders]}")
+            order = replace(parcel.orders[0], client=self.local)
+            self.store.load(self.population, self.users, order.ticket)
+            before = rows_of(self.population, self.users)
+        starting = since_start()
+        flops = self._flops(order)
+        work = self._work(order, flops, starting)
+        with spans("training"):
+            (result,) = one_by_one(self.recommender, self.population, [order], [work], cut_already)
+            result.stack.settle([result.position])
+        self.store.keep(before, self.population, self.users, order.ticket)
+        self.store.note(flops=flops * work / max(spans.of("training").seconds, 1e-6))
+        stack = wire.Stacked((order.ticket,), result.updates, (result.examples,), (result.loss,), (work,))
+        return wire.write_reply(parcel, [stack], self.recommender.layout, self._measured(spans, starting))
+
+    def evaluate(self, content: RecordDict) -> RecordDict:
+        """Quality for this device's users, by the model it would serve them with."""
+        (order,) = wire.read_orders(content, self.recommender.layout).orders
+        steps = wire.read_option(content, "listen", int, 0)
+        if steps and order.submodel.widths == self.recommender.layout.full:
+            listen(
+                self.recommender, self.population, order.model, [self.local], order.objective, steps=steps, seed=order.seed,
+                version=order.version,
+            )  # fmt: skip
+        score = cut_scorer(self.recommender, order.model, order.submodel, self.population.private.values)
+        figures: dict[str, Any] = {}
+        for name, seen, held_out in (
+            ("validation", self.split.train, self.split.validation),
+            ("test", self.split.seen_before_test(), self.split.test),
+        ):
+            own = np.full_like(held_out, -1)
+            own[self.users] = held_out[self.users]
+            figures[f"{name}-users"] = int((own >= 0).sum())
+            if (own >= 0).any():
+                measured = average(quality(rank_held_out(score, seen, own)))
+                figures |= {f"{name}-{key}": value for key, value in measured.items()}
+        answer = wire.write_numbers(self.run, "")
+        answer["metrics"] = MetricRecord({"num-examples": figures["test-users"]} | figures)
+        return answer
+
+    # ---- its stopwatch -----------------------------------------------------------------------------------------------
+
+    def _flops(self, order: Order) -> float:
+        """Of the whole order."""
+        work = self.recommender.layout.work(order.submodel.widths, order.submodel.trained_widths)
+        examples = self.population.examples_of_client(order.objective)[self.local]
+        alone = order.objective.private_steps * (work.forward + work.backward_inputs)
+        return float(order.objective.epochs * (work.total + alone) * examples)
+
+    def _work(self, order: Order, flops: float, elapsed: Seconds) -> float:
+        """Share of the examples that fits before the order's time limit, by the speed of the last order."""
+        until, facts = order.objective.until, self.store.facts()
+        if until is None or "flops" not in facts:
+            return 1.0
+        moved = _transfers()
+        network = sum(entry["seconds"] for entry in moved.values())
+        return float(np.clip((until - elapsed - network) * facts["flops"] / flops, 0.05, 1.0))
+
+    def _measured(self, spans: energy.Spans, starting: Seconds) -> dict[str, Any]:
+        """Seconds and raw joules by part, as far as this device can tell."""
+        loading, training = spans.of("loading"), spans.of("training")
+        figures: dict[str, Any] = {
+            "seconds-loading": loading.seconds + starting, "seconds-training": training.seconds, "seconds-teacher": 0.0,
+        }  # fmt: skip
+        if loading.joules is not None and training.joules is not None:
+            # Before this program could read the meter it drew, we assume, what it drew while loading the rest.
+            share = (loading.seconds + starting) / max(loading.seconds, 1e-9)
+            figures |= {"joules-loading": loading.joules * share, "joules-training": training.joules, "joules-teacher": 0.0}
+        idle = self.node_config.get("watts-idle", self.store.facts().get("watts-idle"))
+        if idle is not None:
+            figures["watts-idle"] = float(idle)
+        moved = _transfers()
+        if "download" in moved:
+            figures["seconds-download"] = float(moved["download"]["seconds"])
+        if "upload" in moved and moved["upload"]["seconds"] > 0:
+            figures["upload-bytes-per-second"] = moved["upload"]["bytes"] / moved["upload"]["seconds"]
+        return figures
+
+
+@lru_cache(maxsize=4)
+def _world(text: str, own: str | None, items: str) -> tuple[Settings, Split, Recommender, Population]:
+    """Data and recommender of a run; read once per process."""
+    base = Settings.from_json(text)
+    settings, _ = base.of(base.strategy)
+    if own is None:
+        split = read_data(settings)
+        owner = clients_of(settings, split.train)
+    else:
+        if not items:
+            raise FleetError("this device has its own data and does not know the catalogue yet; the server's hello tells it")
+        split = leave_one_out(load_own(Path(own), items.split("\n")))
+        owner = np.zeros(split.train.users, dtype=np.int64)
+    if not split.train.rows:
+        raise DataError(f"{own or settings.data} leaves nothing to train on")
+    recommender = recommender_of(settings, split.train.users, split.train.items)
+    private = recommender.initial_private(settings.seed)
+    return settings, split, recommender, Population(split.train, owner, recommender.layout, private)
+
+
+@lru_cache(maxsize=1)
+def _meter(name: str) -> energy.Meter | None:
+    return energy.find(name)
+
+
+def probe(seconds: Seconds = 0.3) -> float:
+    """Floating-point operations per second of this device in a small matrix product, as a first guess of its speed."""
+    a = torch.ones(256, 256)
+    began, times = time.perf_counter(), 0
+    while (passed := time.perf_counter() - began) < seconds:
+        torch.mm(a, a)
+        times += 1
+    return 2.0 * 256**3 * times / passed
+
+
+def since_start() -> Seconds:
+    """How long ago this process was started for its one message; 0 where processes serve many (simulation).
+
+    Importing the libraries is most of it on a slow device, and happens before anything here runs.
+    """
+    if "flwr-clientapp" not in Path(sys.argv[0]).name:
+        return 0.0
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split() if Path("/proc/self/stat").exists() else []
+    if not fields:
+        return time.process_time()
+    booted = float(Path("/proc/uptime").read_text().split()[0])
+    return booted - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _transfers() -> dict[str, Any]:
+    """The last download and the last upload that the SuperNode noted."""
+    path = os.environ.get(TRANSFERS)
+    if not path or not Path(path).exists():
+        return {}
+    return {entry["kind"]: entry for entry in map(json.loads, Path(path).read_text().splitlines())}
+
+
+def _noise(size: int) -> torch.Tensor:
+    """Bytes that no link can compress."""
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))

@@ -1,0 +1,287 @@
+"""Real devices behind a Flower grid, on the wall clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import MetricRecord, RecordDict
+
+from fedprune.axes import Layout
+from fedprune.errors import FleetError
+from fedprune.exchange import Cost, Lost, Order, Report, Roster, Split, Updates
+from fedprune.flower import wire
+from fedprune.flower.compat import wire_bytes
+from fedprune.flower.crew import Crew
+from fedprune.flower.nodes import PATIENCE_SECONDS, Answer
+from fedprune.types import ClientId, Seconds, Ticket
+
+POLLING_SECONDS = 6.0
+"""What Flower's own waiting can add to an exchange: a SuperNode asks for work every 3 s and for replies every 0.5 s, its
+executor looks for a task every second, transfers are retried after one. What an exchange takes beyond that is the network's."""
+SLACK_SECONDS = 5.0
+"""By so much a device's clock may disagree with ours before we disbelieve it."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Refuses updates out of all proportion, so that one device cannot wreck the model.
+
+    Attributes:
+        largest: no entry may change by more.
+        factor: the root mean square of an update may be so many times the median of the last accepted ones.
+        known: how many of those must be known first.
+    """
+
+    largest: float = 100.0
+    factor: float = 30.0
+    known: int = 5
+
+    def size(self, updates: Updates, sizes: Sequence[float]) -> float:
+        """The update's root mean square over the trained rows.
+
+        Raises:
+            FleetError: it is too large.
+        """
+        entries = torch.cat([tensor.flatten() for tensor in updates.tensors.values()])
+        largest = float(entries.abs().max())
+        if not largest <= self.largest:
+            raise FleetError(f'field "update" changes an entry by {largest:.3g}; {self.largest:g} is the most that is believed')
+        changed = entries[entries != 0]
+        size = float(changed.double().square().mean().sqrt()) if len(changed) else 0.0
+        if len(sizes) >= self.known and size > self.factor * (usual := float(np.median(sizes))):
+            raise FleetError(f'field "update" is {size / usual:.0f} times as large as usual; {self.factor:g} is the most')
+        return size
+
+
+@dataclass
+class Job:
+    """An order on its way."""
+
+    order: Order
+    sent: Seconds
+    bytes_down: int
+    wanted: bool = True
+
+
+@dataclass
+class FlowerFleet:
+    """The five verbs on real devices.
+
+    Messages of orders carry the time after which nobody wants the report, so that devices do not work through a queue of the
+    past. A device that is given up stays busy: it is idle again when it answers, and where the SuperLink has already thrown the
+    message away, when it answers a question that has queued up behind its work.
+
+    Attributes:
+        crew: which client is which node.
+        run: name of the run, which every reply repeats.
+        settings: of the run, JSON; devices need them.
+        began: wall clock at which the fleet's clock stood at 0.
+    """
+
+    crew: Crew
+    layout: Layout
+    run: str
+    settings: str
+    guard: Guard = field(default_factory=Guard)
+    order_seconds: Seconds = PATIENCE_SECONDS
+    began: Seconds = math.nan
+    _jobs: dict[str, Job] = field(default_factory=dict)
+    _pings: dict[str, ClientId] = field(default_factory=dict)
+    _arrived: list[Report | Lost] = field(default_factory=list)
+    _sizes: list[float] = field(default_factory=list)
+    full_seconds: dict[ClientId, Seconds] = field(default_factory=dict)
+    """How long each client's first report took, scaled to the full model."""
+
+    # ---- the five verbs ----------------------------------------------------------------------------------------------
+
+    def now(self) -> Seconds:
+        """Wall-clock seconds since the run began, evaluations aside."""
+        if math.isnan(self.began):
+            self.began = self.crew.nodes.clock()
+        return self.crew.nodes.clock() - self.began
+
+    def idle(self) -> Roster:
+        """Clients whose node is online and not at work. Waits for one, if nobody is there and nothing is on its way."""
+        while True:
+            self.crew.enrol()
+            busy = {job.order.client for job in self._jobs.values()} | set(self._pings.values())
+            there = [client for client in self.crew.present() if client not in busy]
+            if there or any(job.wanted for job in self._jobs.values()) or self._arrived:
+                return Roster(np.array(there, np.int64), self.crew.clients, self.crew.slowness())
+            self._listen()
+            self.crew.nodes.pause()
+
+    def send(self, orders: Sequence[Order]) -> None:
+        """Start work now.
+
+        Raises:
+            FleetError: a client is already at work.
+        """
+        busy = {job.order.client for job in self._jobs.values()}
+        if working := [order.client for order in orders if order.client in busy]:
+            raise FleetError(f"client {working[0]} is still at work; order cannot be sent")
+        for order in orders:
+            content = wire.write_orders([order], self.layout, run=self.run, settings=self.settings)
+            job, node = Job(order, self.now(), wire_bytes(content)), self.crew.node_of(order.client)
+            seconds = self.order_seconds if order.expires is None else order.expires
+            identifier = None
+            if node is not None:
+                (identifier,) = self.crew.nodes.push([(node, content)], "train", group=str(order.version), seconds=seconds)
+            if identifier is None:
+                self._lose(job, "failed", "the order could not be sent; the node is gone")
+            else:
+                self._jobs[identifier] = job
+
+    def next(self, before: Seconds | None = None) -> Report | Lost | None:
+        """The next report or loss; None at `before`, or when nothing wanted is on its way."""
+        while True:
+            if self._arrived:
+                return self._arrived.pop(0)
+            if before is None and not any(job.wanted for job in self._jobs.values()):
+                return None
+            if before is not None and self.now() >= before:
+                return None
+            self._listen()
+            if not self._arrived:
+                self.crew.nodes.pause()
+
+    def abandon(self, tickets: Iterable[Ticket]) -> list[Lost]:
+        """Mark orders as unwanted; their devices work on, and are busy until they answer."""
+        given_up, lost = set(tickets), []
+        for job in self._jobs.values():
+            if job.order.ticket in given_up:
+                job.wanted = False
+                lost.append(Lost(job.order, "too late", self._spent(job)))
+        return lost
+
+    # ---- beyond the verbs --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Time inside does not count (evaluation)."""
+        self.now()
+        began = self.crew.nodes.clock()
+        yield
+        self.began += self.crew.nodes.clock() - began
+
+    def go_on_from(self, now: Seconds) -> None:
+        """Set the clock, after a restart."""
+        self.began = self.crew.nodes.clock() - now
+
+    def unfinished(self) -> list[Lost]:
+        """Wanted orders still on their way."""
+        return [Lost(job.order, "unfinished", self._spent(job)) for job in self._jobs.values() if job.wanted]
+
+    def wait_until_idle(self, seconds: Seconds) -> None:
+        """Let devices finish what they are at, but no longer than this."""
+        until = self.crew.nodes.clock() + seconds
+        while (self._jobs or self._pings) and self.crew.nodes.clock() < until:
+            self._listen()
+            self.crew.nodes.pause()
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """Take in what has come, in the order of arrival."""
+        nodes = self.crew.nodes
+        for answer in nodes.pull([*self._jobs, *self._pings]):
+            if answer.message_id in self._pings:
+                del self._pings[answer.message_id]
+                continue
+            job = self._jobs.pop(answer.message_id)
+            expires = job.order.expires
+            expired = answer.content is None and expires is not None and self.now() - job.sent > expires - 1.0
+            if job.wanted and expired:
+                self._lose(job, "too late", answer.error)
+            elif job.wanted:
+                self._arrived.append(self._report(job, answer))
+            if (
+                (expired or not job.wanted)
+                and answer.content is None
+                and (node := self.crew.node_of(job.order.client)) is not None
+            ):
+                # Thrown away unread: the device may still be at it. It answers this when it is done.
+                (ping,) = nodes.push([(node, self.crew.greeting())], "query.hello", seconds=self.order_seconds)
+                if ping is not None:
+                    self._pings[ping] = job.order.client
+        for identifier, job in list(self._jobs.items()):
+            patience = self.order_seconds if job.order.expires is None else job.order.expires + self.order_seconds
+            if self.now() - job.sent > patience:
+                del self._jobs[identifier]
+                if job.wanted:
+                    self._lose(job, "failed", f"no answer within {patience:g} s")
+
+    def _report(self, job: Job, answer: Answer) -> Report | Lost:
+        arrived, order = self.now(), job.order
+        if answer.content is None:
+            return Lost(order, "failed", self._spent(job), f"client {order.client}: {answer.error}")
+        try:
+            (stack,) = wire.read_reply(answer.content, [order], self.layout, self.run)
+            size = self.guard.size(stack.updates, self._sizes)
+            cost = self._cost(job, answer.content, stack, arrived)
+        except FleetError as error:
+            return Lost(order, "refused", self._spent(job), f"client {order.client}: {error}")
+        self._sizes = [*self._sizes[-49:], size]
+        self.full_seconds.setdefault(order.client, cost.seconds.total / max(1e-9, self._share(order)))
+        return Report(order, stack.updates, 0, stack.examples[0], stack.losses[0], cost, arrived, stack.work[0])
+
+    def _share(self, order: Order) -> float:
+        """Of the full model's FLOPs."""
+        layout, submodel = self.layout, order.submodel
+        return layout.work(submodel.widths, submodel.trained_widths).total / layout.work(layout.full, layout.full).total
+
+    def _cost(self, job: Job, content: RecordDict, stack: wire.Stacked, arrived: Seconds) -> Cost:
+        """Measured by the device where it can, by the server where only it can."""
+        figures, order = content["metrics"], job.order
+        assert isinstance(figures, MetricRecord)
+        seconds = {part: _measure(figures, f"seconds-{part}") for part in ("loading", "training", "teacher")}
+        elapsed, own, bytes_up = arrived - job.sent, sum(seconds.values()), wire_bytes(content)
+        if own > elapsed + SLACK_SECONDS:
+            raise FleetError(f"reports {own:.1f} s of work within {elapsed:.1f} s")
+        # What neither the work nor Flower's polling explains is the network's; both directions by their bytes.
+        network = max(0.0, elapsed - own - POLLING_SECONDS) / (job.bytes_down + bytes_up)
+        download, upload = network * job.bytes_down, network * bytes_up
+        if "seconds-download" in figures:
+            download = min(_measure(figures, "seconds-download"), elapsed)
+        if "upload-bytes-per-second" in figures:
+            upload = min(bytes_up / max(_measure(figures, "upload-bytes-per-second"), 1.0), elapsed)
+        joules = None
+        if "joules-training" in figures:
+            known = {part: _measure(figures, f"joules-{part}") for part in ("loading", "training", "teacher")}
+            joules = Split(download=math.nan, upload=math.nan, **known)
+        work = self.layout.work(order.submodel.widths, order.submodel.trained_widths)
+        rows = next(axis.size for axis in self.layout.axes.values() if axis.touched)
+        return Cost(
+            Split(download=download, upload=upload, **seconds),
+            joules,
+            job.bytes_down,
+            bytes_up,
+            work.total * stack.examples[0] * order.objective.epochs,
+            self.layout.parameters(order.submodel.widths, rows),
+            _measure(figures, "watts-idle") if "watts-idle" in figures else None,
+            "measured",
+        )
+
+    def _spent(self, job: Job) -> Cost:
+        """Of an order without a report we know what was sent and how long ago."""
+        parts = Split(0.0, self.now() - job.sent, 0.0, 0.0)
+        return Cost(parts, None, job.bytes_down, 0, 0.0, 0, source="measured")
+
+    def _lose(self, job: Job, reason: Any, detail: str) -> None:
+        self._arrived.append(Lost(job.order, reason, self._spent(job), f"client {job.order.client}: {detail}"))
+
+
+def _measure(figures: Mapping[str, Any], name: str) -> float:
+    """A device's own figure: finite and not negative."""
+    if name not in figures:
+        raise FleetError(f'field "{name}" is missing')
+    value = figures[name]
+    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+        raise FleetError(f'field "{name}" is {value!r}; it must be finite and not negative')
+    return float(value)

@@ -1,0 +1,66 @@
+"""The ServerApp: the same experiment that `fedprune run` does in process, with Flower's nodes doing the work.
+
+    flwr run . local --run-config 'config="configs/silos.toml" strategies="fedavg,adaptcl" set="rounds=20"'
+
+`config` is a settings file, in the app or anywhere on the server; `set` changes settings, separated by spaces; `strategies`
+names those to run one after another (none: the file's `strategy`); `out` is where run folders go; `clock` is "virtual" (device
+table; what a simulation does by default), "wall" (measured; what a deployment does), or "auto"; `wait-seconds` is how long a
+deployment waits for its devices. A run that was stopped goes on if it is started again with the same run-config.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+import fedprune
+from fedprune.config import Settings, read
+from fedprune.errors import ConfigError, unknown
+from fedprune.flower.compat import is_simulated
+from fedprune.flower.deployment import deploy, say
+from fedprune.flower.nodes import Nodes
+from fedprune.flower.shard import OnNodes
+from fedprune.simulation import run
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Read the settings, run the strategies, print what they came to."""
+    logging.getLogger("fedprune").setLevel(logging.INFO)
+    config = context.run_config
+    clock = str(config["clock"])
+    if clock not in ("auto", "virtual", "wall"):
+        raise ConfigError(unknown("clock", clock, ("auto", "virtual", "wall")))
+    virtual = is_simulated(grid) if clock == "auto" else clock == "virtual"
+    if virtual:
+        torch.set_num_threads(1)
+    settings = read(_found(str(config["config"])), str(config["set"]).split())
+    names = [name.strip() for name in str(config["strategies"]).split(",") if name.strip()] or [settings.strategy]
+    out = Path(str(config["out"])).expanduser().absolute()
+    print(f"fedprune: runs go to {out}", flush=True)
+    for name in names:
+        summary = one(grid, settings.only(name), out, virtual, float(str(config["wait-seconds"])))
+        print(f"fedprune: {name}: {json.dumps(summary)}", flush=True)
+
+
+def one(grid: Grid, settings: Settings, out: Path, virtual: bool, wait_seconds: float) -> dict[str, Any]:
+    """Run one strategy."""
+    watch: Callable[[dict[str, Any]], None] = lambda event: print(f"{settings.strategy}: {say(event)}", flush=True)  # noqa: E731
+    if virtual:
+        return run(settings, out, watch=watch, trainer=OnNodes(Nodes(grid), settings))
+    return deploy(settings, out, grid, wait_seconds=wait_seconds, watch=watch)
+
+
+def _found(name: str) -> Path:
+    """A settings file: as it is, or in the app, which Flower unpacks somewhere of its own."""
+    path = Path(name).expanduser()
+    return path if path.exists() else Path(fedprune.__file__).parent.parent / name
