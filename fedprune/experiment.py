@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import uuid
@@ -23,6 +24,7 @@ from fedprune.recommenders import Recommender
 from fedprune.record import RunRecord, Snapshot, ledger_rows, line
 from fedprune.report.summary import summarise
 from fedprune.strategy import ServerState, Strategy, one_round
+from fedprune.types import Tensors
 
 Watcher = Callable[[dict[str, Any]], None]
 """Called with every round's event: progress bars, TensorBoard, whatever a user hangs there."""
@@ -130,7 +132,7 @@ def conduct(experiment: Experiment, record: RunRecord, watch: Watcher | None = N
         asked |= {order.client for order in happened.orders}
         if _over(settings, state, fleet, progress):
             happened = replace(happened, lost=(*happened.lost, *experiment.unfinished()))
-        event = line(happened)
+        event = line(happened) | {"model": digest(state.model)}
         over = _over(settings, state, fleet, progress)
         if over or _due(settings, state.version, happened.began, happened.ended):
             silent = [c for c in range(experiment.clients) if c not in asked]
@@ -184,6 +186,14 @@ def recommender_of(settings: Settings, users: int, items: int) -> Recommender:
     return recommenders.build(
         settings.recommender, users=users, items=items, latent=settings.latent, scale=settings.scale, **extra
     )
+
+
+def digest(model: Tensors) -> str:
+    """Tells one model from another, to the last bit; every round's is in the record, so that runs can be compared."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for name in sorted(model):
+        hashed.update(model[name].contiguous().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def spread(slowness: np.ndarray) -> dict[str, float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -42,12 +42,12 @@ def number(message: Message) -> str:
     return message.metadata.message_id
 
 
-Transfer = Callable[[str, float, float, int], None]
+Note = Callable[[Literal["download", "upload"], float, float, int], None]
 """Called with "download" or "upload", when it began (Unix time), the seconds it took, and its bytes."""
 
 
 @contextmanager
-def timed_transfers(note: Transfer) -> Iterator[None]:
+def timed_transfers(note: Note) -> Iterator[None]:
     """While this lasts, a SuperNode started in this process tells how long its messages take to travel.
 
     A message travels as a header and one HTTP request per object. A download is all objects of one order, from the header's

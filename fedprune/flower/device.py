@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +23,7 @@ from fedprune.experiment import recommender_of
 from fedprune.fleet.trainer import cut_already, one_by_one
 from fedprune.flower import wire
 from fedprune.flower.store import Store, home, rows_of
+from fedprune.flower.transfers import last_transfers
 from fedprune.population import Population
 from fedprune.recommenders import Recommender
 from fedprune.serving import cut_scorer, listen
@@ -35,8 +33,6 @@ from fedprune.warmstart import Gathered
 
 PADDING_BYTES = 131_072
 """Sent along with a device's first answer, so that its upload speed is known before its first report."""
-TRANSFERS = "FEDPRUNE_TRANSFERS"
-"""Environment variable: the file in which `fedprune-supernode` notes how long messages took to travel."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +130,12 @@ class Device:
         self.store.keep(before, self.population, self.users, -1)
         return wire.write_numbers(self.run, "")
 
-    def train(self, content: RecordDict) -> RecordDict:
-        """Work on the order, keep the private rows, report the update and what it cost."""
+    def train(self, content: RecordDict, starting: Seconds = 0.0) -> RecordDict:
+        """Work on the order, keep the private rows, report the update and what it cost.
+
+        Args:
+            starting: seconds that went by before.
+        """
         spans = energy.Spans(self.meter)
         with spans("loading"):
             parcel = wire.read_orders(content, self.recommender.layout)
@@ -144,7 +144,6 @@ class Device:
             order = replace(parcel.orders[0], client=self.local)
             self.store.load(self.population, self.users, order.ticket)
             before = rows_of(self.population, self.users)
-        starting = since_start()
         flops = self._flops(order)
         work = self._work(order, flops, starting)
         with spans("training"):
@@ -194,8 +193,7 @@ class Device:
         until, facts = order.objective.until, self.store.facts()
         if until is None or "flops" not in facts:
             return 1.0
-        moved = _transfers()
-        network = sum(entry["seconds"] for entry in moved.values())
+        network = sum(transfer.seconds for transfer in last_transfers().values())
         return float(np.clip((until - elapsed - network) * facts["flops"] / flops, 0.05, 1.0))
 
     def _measured(self, spans: energy.Spans, starting: Seconds) -> dict[str, Any]:
@@ -211,12 +209,26 @@ class Device:
         idle = self.node_config.get("watts-idle", self.store.facts().get("watts-idle"))
         if idle is not None:
             figures["watts-idle"] = float(idle)
-        moved = _transfers()
+        moved = last_transfers()
         if "download" in moved:
-            figures["seconds-download"] = float(moved["download"]["seconds"])
-        if "upload" in moved and moved["upload"]["seconds"] > 0:
-            figures["upload-bytes-per-second"] = moved["upload"]["bytes"] / moved["upload"]["seconds"]
+            figures["seconds-download"] = moved["download"].seconds
+        if "upload" in moved and moved["upload"].seconds > 0:
+            figures["upload-bytes-per-second"] = moved["upload"].bytes / moved["upload"].seconds
         return figures
+
+
+def perform(action: str, content: RecordDict, node_config: Mapping[str, Any], starting: Seconds) -> RecordDict:
+    """What a node does with a message.
+
+    Args:
+        action: "hello", "warm_start", "train" or "evaluate".
+        starting: seconds that the process took to get here.
+    """
+    torch.set_num_threads(1)  # the tensors are small, and sums keep their order
+    device = Device.of(content, node_config)
+    if action == "train":
+        return device.train(content, starting)
+    return {"hello": device.hello, "warm_start": device.warm_start, "evaluate": device.evaluate}[action](content)
 
 
 @lru_cache(maxsize=4)
@@ -252,28 +264,6 @@ def probe(seconds: Seconds = 0.3) -> float:
         torch.mm(a, a)
         times += 1
     return 2.0 * 256**3 * times / passed
-
-
-def since_start() -> Seconds:
-    """How long ago this process was started for its one message; 0 where processes serve many (simulation).
-
-    Importing the libraries is most of it on a slow device, and happens before anything here runs.
-    """
-    if "flwr-clientapp" not in Path(sys.argv[0]).name:
-        return 0.0
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split() if Path("/proc/self/stat").exists() else []
-    if not fields:
-        return time.process_time()
-    booted = float(Path("/proc/uptime").read_text().split()[0])
-    return booted - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-
-
-def _transfers() -> dict[str, Any]:
-    """The last download and the last upload that the SuperNode noted."""
-    path = os.environ.get(TRANSFERS)
-    if not path or not Path(path).exists():
-        return {}
-    return {entry["kind"]: entry for entry in map(json.loads, Path(path).read_text().splitlines())}
 
 
 def _noise(size: int) -> torch.Tensor:

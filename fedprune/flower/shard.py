@@ -75,6 +75,7 @@ class OnNodes:
 
 def serve(content: RecordDict) -> RecordDict:
     """A node's side: train the orders with the rows that came along, and send both back."""
+    torch.set_num_threads(1)  # the tensors are small, and sums keep their order
     recommender, population = _world(wire.read_config(content, "settings", str))
     layout = recommender.layout
     parcel = wire.read_orders(content, layout)

@@ -1,0 +1,48 @@
+"""How long messages took to travel, noted by the SuperNode for the client's processes, which cannot time it themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+VARIABLE = "FEDPRUNE_TRANSFERS"
+"""Environment variable with the file's path, inherited by the client's processes."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The last one of its kind: when it began (Unix time), seconds, and bytes."""
+
+    kind: Literal["download", "upload"]
+    began: float
+    seconds: float
+    bytes: int
+
+
+@dataclass
+class Notebook:
+    """The SuperNode's side: a file that always holds the last download and the last upload."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        self._latest: dict[str, Transfer] = {}
+
+    def note(self, kind: Literal["download", "upload"], began: float, seconds: float, moved: int) -> None:
+        """Replace the last one of this kind."""
+        self._latest[kind] = Transfer(kind, began, seconds, moved)
+        new = self.path.with_suffix(".new")
+        new.write_text("".join(json.dumps(asdict(transfer)) + "\n" for transfer in self._latest.values()))
+        os.replace(new, self.path)
+
+
+def last_transfers() -> dict[str, Transfer]:
+    """The client's side: by kind; empty where no SuperNode takes notes."""
+    path = os.environ.get(VARIABLE)
+    if not path or not Path(path).exists():
+        return {}
+    transfers = [Transfer(**json.loads(line)) for line in Path(path).read_text().splitlines()]
+    return {transfer.kind: transfer for transfer in transfers}
