@@ -4,9 +4,9 @@
     sudo .venv/bin/python simulations/testbed.py --rounds 3 --json     # a look; one JSON object on standard output
 
 A SuperLink with TLS and SuperNode authentication, and four registered SuperNodes, each in a network namespace behind a token
-bucket and inside a CPU quota (`lab.py`). All seconds are measured: by the devices (loading, training), by their SuperNodes (download,
-upload), by the server (rounds). Everything is taken down at the end, and on Ctrl-C; run folders stay in --out, and the same
-command goes on from them.
+bucket and inside a CPU quota (`lab.py`). All seconds are measured: by the devices (loading, training), by their SuperNodes
+(download, upload), by the server (rounds). Everything is taken down at the end, and on Ctrl-C; run folders stay in --out, and
+the same command goes on from them.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from fedprune.flower.staging import Scene, SuperLink, stage
 
 HERE = Path(__file__).parent
 DEVICES = {
-    "fast": Limits(cpus=1.0, download=40e6, upload=40e6),
-    "good": Limits(cpus=0.5, download=20e6, upload=10e6),
-    "fair": Limits(cpus=0.3, download=8e6, upload=4e6),
+    "fast": Limits(cpus=0.8, download=40e6, upload=40e6),
+    "good": Limits(cpus=0.4, download=20e6, upload=10e6),
+    "fair": Limits(cpus=0.25, download=8e6, upload=4e6),
     "slow": Limits(cpus=0.15, download=2e6, upload=1e6),
 }
+ENVIRONMENT = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"}  # Flower's default; looking more often takes a slow device's time
 SETTINGS = {
     "data": "ml-100k", "silos": 4, "recommender": "mlp", "latent": 64, "hidden": "[256,128]", "negatives": 3, "batch": 4096,
-    "epochs": 1, "lr": 0.5, "server": "average", "server_lr": 1.0, "warm_start": 4, "evaluations": 100, "checkpoint": 1,
+    "epochs": 16, "lr": 0.5, "server": "average", "server_lr": 1.0, "warm_start": 4, "evaluations": 2, "checkpoint": 1,
     "adaptcl.interval": 1,
 }  # fmt: skip
 
@@ -75,7 +76,7 @@ def run_all(strategies: str, changes: dict[str, Any], out: Path, quiet: bool) ->
             link.register(keys.public(name))
             scene.supernode(
                 link, name, {"partition-id": number, "state": str(out / "devices")}, key=keys.private(name),
-                prefix=place.devices[name].prefix, script="fedprune-supernode",
+                prefix=place.devices[name].prefix, script="fedprune-supernode", environment=ENVIRONMENT,
             )  # fmt: skip
         link.wait_online(len(DEVICES), 120)
         config = {
@@ -100,8 +101,9 @@ def followed(scene: Scene, link: SuperLink, config: dict[str, Any], out: Path, q
     (out / "server.log").write_text(run.printed())
     for staged in scene.started:
         (out / f"{staged.name}.log").write_text(staged.printed())
-    if "fedprune: " not in run.printed() or "Error" in run.printed():
-        raise FleetError(f"the run failed; see {out / 'server.log'}")
+    if '"strategy": "' + config["strategies"].split(",")[-1] + '"' not in run.printed():
+        why = [line for line in run.printed().splitlines() if "Error: " in line] or ["no reason is in the log"]
+        raise FleetError(f"the run failed: {why[-1]}; see {out / 'server.log'}")
 
 
 def compared(strategies: list[str], out: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, Literal
 
 from flwr.app import Message, RecordDict
@@ -64,6 +65,7 @@ def timed_transfers(note: Note) -> Iterator[None]:
             node, receive, send, get_run, get_fab, pull_object, push_object, confirm = connection
             began = 0.0
             moved = 0
+            lock = Lock()  # objects are pulled and pushed by several threads
 
             def timed_receive() -> Any:
                 nonlocal began, moved
@@ -74,7 +76,8 @@ def timed_transfers(note: Note) -> Iterator[None]:
             def timed_pull(run_id: int, object_id: str) -> bytes:
                 nonlocal moved
                 content = pull_object(run_id, object_id)
-                moved += len(content)
+                with lock:
+                    moved += len(content)
                 return content
 
             def timed_confirm(run_id: int, message_id: str) -> None:
@@ -89,9 +92,10 @@ def timed_transfers(note: Note) -> Iterator[None]:
             def timed_push(run_id: int, session_id: str, object_id: str, content: bytes) -> None:
                 nonlocal moved
                 push_object(run_id, session_id, object_id, content)
-                moved += len(content)
-                # Nothing tells which object is the last, so each says how far the upload has come; the last word counts.
-                note("upload", began, time.time() - began, moved)
+                with lock:
+                    moved += len(content)
+                    # Nothing tells which object is the last, so each says how far the upload is; the last word counts.
+                    note("upload", began, time.time() - began, moved)
 
             yield node, timed_receive, timed_send, get_run, get_fab, timed_pull, timed_push, timed_confirm
 

@@ -15,6 +15,9 @@ from fedprune.flower.nodes import Answer, Nodes
 from fedprune.types import ClientId, FloatArray, Seconds
 
 HELLO_SECONDS = 120.0
+AGAIN_SECONDS = 60.0
+"""A node that was refused is asked again after so long: it may have been slow to start, or have come back under another
+number before the SuperLink, which waits for a minute, knew that it had been away."""
 log = logging.getLogger(__name__)
 
 
@@ -53,11 +56,13 @@ class Crew:
     refused: dict[int, str] = field(default_factory=dict)
     _node: dict[ClientId, int] = field(default_factory=dict)
     _asked: dict[str, tuple[int, Seconds]] = field(default_factory=dict)
+    _again: dict[int, Seconds] = field(default_factory=dict)
 
     def enrol(self) -> None:
         """Ask nodes that are new, and take in who has answered; does not wait."""
-        online = self.nodes.connected()
-        known = {*self._node.values(), *self.refused, *(node for node, _ in self._asked.values())}
+        online, now = self.nodes.connected(), self.nodes.clock()
+        resting = [node for node, until in self._again.items() if now < until]
+        known = {*self._node.values(), *resting, *(node for node, _ in self._asked.values())}
         new = [node for node in online if node not in known]
         pairs = [(node, self.greeting()) for node in new]
         if pairs:
@@ -98,6 +103,10 @@ class Crew:
         """Where a client is, if it has ever been there."""
         return self._node.get(client)
 
+    def client_of(self, node: int) -> ClientId | None:
+        """Who a node is, if it has said so."""
+        return next((client for client, own in self._node.items() if own == node), None)
+
     def slowness(self) -> FloatArray:
         """`[clients]`: as declared, or by the speed of the probe; for strategies that presume to know. 1 for the unknown."""
         result = np.ones(self.clients)
@@ -131,8 +140,10 @@ class Crew:
                 raise FleetError(f"says it is client {client}, which node {other} is; partition-ids must differ")
         except FleetError as error:
             self.refused[node] = str(error)
+            self._again[node] = self.nodes.clock() + AGAIN_SECONDS
             log.warning("node %s is left out: %s", node, error)
             return
+        self.refused.pop(node, None)
         self._node[client] = node
         self.facts[client] = facts
         log.info("client %s is node %s", client, node)

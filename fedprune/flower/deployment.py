@@ -154,30 +154,34 @@ class Deployment:
         with self.fleet.stopped():
             if final:
                 self.fleet.wait_until_idle(FINISH_SECONDS)
-            roster = self.fleet.idle()
-            submodels = self.strategy.submodels(state, roster.clients, roster)
-            contents = {}
-            for client, submodel in zip(roster.clients.tolist(), submodels, strict=True):
-                node = self.crew.node_of(client)
-                assert node is not None
-                order = Order(
-                    0, client, state.version, 1.0, submodel, self.strategy.objective, self.strategy.codec.rows, state.model,
-                    state.seed,
-                )  # fmt: skip
-                contents[node] = wire.write_orders([order], state.layout, run=self.run, settings=self.fleet.settings)
-                if client in silent and self.settings.listen_steps:
-                    config = contents[node]["config"]
-                    assert isinstance(config, ConfigRecord)
-                    config["listen"] = self.settings.listen_steps
+            contents = self.questions(state, silent)
             answers = self.crew.nodes.ask(contents, "evaluate", group=str(state.version), seconds=FINISH_SECONDS)
         said: dict[ClientId, RecordDict] = {}
-        for client in roster.clients.tolist():
-            answer = answers[self.crew.node_of(client) or 0]
-            if answer.content is None:
+        for node, answer in answers.items():
+            client = self.crew.client_of(node)
+            if client is None or answer.content is None:
                 log.warning("client %s could not be evaluated: %s", client, answer.error)
             else:
                 said[client] = answer.content
         return {name: self._averaged(said, name) for name in ("validation", "test")}
+
+    def questions(self, state: ServerState, silent: Sequence[ClientId] = ()) -> dict[int, RecordDict]:
+        """What idle clients are asked for an evaluation, by node: each with the submodel it would serve its users with."""
+        roster, contents = self.fleet.idle(), {}
+        submodels = self.strategy.submodels(state, roster.clients, roster)
+        for client, submodel in zip(roster.clients.tolist(), submodels, strict=True):
+            node = self.crew.node_of(client)
+            assert node is not None
+            order = Order(
+                0, client, state.version, 1.0, submodel, self.strategy.objective, self.strategy.codec.rows, state.model,
+                state.seed,
+            )  # fmt: skip
+            contents[node] = wire.write_orders([order], state.layout, run=self.run, settings=self.fleet.settings)
+            if client in silent and self.settings.listen_steps:
+                config = contents[node]["config"]
+                assert isinstance(config, ConfigRecord)
+                config["listen"] = self.settings.listen_steps
+        return contents
 
     def _averaged(self, said: dict[ClientId, RecordDict], split: str) -> dict[str, float]:
         """Means over all evaluated users, and over those of the slowest quarter of the devices."""
@@ -244,6 +248,7 @@ class Apart:
     def _sum(
         self, step: str, wanted: str | None, shape: tuple[int, ...], basis: FloatArray | None = None, **config: str
     ) -> FloatArray:
+        log.info("warm start: %s", step)
         run, settings, items = self.deployment.run, self.deployment.fleet.settings, self.deployment.crew.items
         arrays = {} if basis is None else {"basis": basis, "counts": self.counts()}
         rank = 0 if basis is None else basis.shape[1]

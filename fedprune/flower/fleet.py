@@ -61,10 +61,16 @@ class Guard:
 
 @dataclass
 class Job:
-    """An order on its way."""
+    """An order on its way.
+
+    Attributes:
+        sent: on the fleet's clock.
+        posted: on the wall clock, which goes on while we evaluate, as the device does.
+    """
 
     order: Order
     sent: Seconds
+    posted: Seconds
     bytes_down: int
     wanted: bool = True
 
@@ -95,6 +101,7 @@ class FlowerFleet:
     _pings: dict[str, ClientId] = field(default_factory=dict)
     _arrived: list[Report | Lost] = field(default_factory=list)
     _sizes: list[float] = field(default_factory=list)
+    _stopped: Seconds | None = None
     full_seconds: dict[ClientId, Seconds] = field(default_factory=dict)
     """How long each client's first report took, scaled to the full model."""
 
@@ -104,17 +111,17 @@ class FlowerFleet:
         """Wall-clock seconds since the run began, evaluations aside."""
         if math.isnan(self.began):
             self.began = self.crew.nodes.clock()
-        return self.crew.nodes.clock() - self.began
+        return (self.crew.nodes.clock() if self._stopped is None else self._stopped) - self.began
 
     def idle(self) -> Roster:
         """Clients whose node is online and not at work. Waits for one, if nobody is there and nothing is on its way."""
         while True:
             self.crew.enrol()
-            busy = {job.order.client for job in self._jobs.values()} | set(self._pings.values())
+            self._listen()
+            busy = self._busy()
             there = [client for client in self.crew.present() if client not in busy]
             if there or any(job.wanted for job in self._jobs.values()) or self._arrived:
                 return Roster(np.array(there, np.int64), self.crew.clients, self.crew.slowness())
-            self._listen()
             self.crew.nodes.pause()
 
     def send(self, orders: Sequence[Order]) -> None:
@@ -123,12 +130,14 @@ class FlowerFleet:
         Raises:
             FleetError: a client is already at work.
         """
-        busy = {job.order.client for job in self._jobs.values()}
-        if working := [order.client for order in orders if order.client in busy]:
-            raise FleetError(f"client {working[0]} is still at work; order cannot be sent")
+        busy = self._busy()
         for order in orders:
-            content = wire.write_orders([order], self.layout, run=self.run, settings=self.settings)
-            job, node = Job(order, self.now(), wire_bytes(content)), self.crew.node_of(order.client)
+            if order.client in busy:
+                raise FleetError(f"client {order.client} is still at work; order {order.ticket} cannot be sent")
+            busy.add(order.client)
+        for order in orders:
+            job, content = self.letter(order)
+            node = self.crew.node_of(order.client)
             seconds = self.order_seconds if order.expires is None else order.expires
             identifier = None
             if node is not None:
@@ -152,8 +161,13 @@ class FlowerFleet:
                 self.crew.nodes.pause()
 
     def abandon(self, tickets: Iterable[Ticket]) -> list[Lost]:
-        """Mark orders as unwanted; their devices work on, and are busy until they answer."""
-        given_up, lost = set(tickets), []
+        """Mark orders as unwanted; their devices work on, and are busy until they answer.
+
+        What has come in but was not asked for yet (a gather that wants only so many) is given up too.
+        """
+        given_up = set(tickets)
+        lost = [_given_up(event, "too late") for event in self._arrived if event.order.ticket in given_up]
+        self._arrived = [event for event in self._arrived if event.order.ticket not in given_up]
         for job in self._jobs.values():
             if job.order.ticket in given_up:
                 job.wanted = False
@@ -166,17 +180,46 @@ class FlowerFleet:
     def stopped(self) -> Iterator[None]:
         """Time inside does not count (evaluation)."""
         self.now()
-        began = self.crew.nodes.clock()
-        yield
-        self.began += self.crew.nodes.clock() - began
+        self._stopped = self.crew.nodes.clock()
+        try:
+            yield
+        finally:
+            self.began += self.crew.nodes.clock() - self._stopped
+            self._stopped = None
+
+    def letter(self, order: Order) -> tuple[Job, RecordDict]:
+        """An order as it is sent, and the note that we keep of it."""
+        content = wire.write_orders([order], self.layout, run=self.run, settings=self.settings)
+        return Job(order, self.now(), self.crew.nodes.clock(), wire_bytes(content)), content
+
+    def report(self, job: Job, answer: Answer, polled: bool = True) -> Report | Lost:
+        """What an answer comes to, once it has been checked.
+
+        Args:
+            polled: it is just in; else it lay there while others were waited for, and when it came nobody knows.
+        """
+        arrived, order = self.now(), job.order
+        if answer.content is None:
+            return Lost(order, "failed", self._spent(job), f"client {order.client}: {answer.error}")
+        try:
+            (stack,) = wire.read_reply(answer.content, [order], self.layout, self.run)
+            size = self.guard.size(stack.updates, self._sizes)
+            cost = self._cost(job, answer.content, stack, arrived if polled else None)
+        except FleetError as error:
+            return Lost(order, "refused", self._spent(job), f"client {order.client}: {error}")
+        if size > 0:  # updates of nothing say nothing of what is usual
+            self._sizes = [*self._sizes[-49:], size]
+        self.full_seconds.setdefault(order.client, cost.seconds.total / max(1e-9, self._share(order)))
+        return Report(order, stack.updates, 0, stack.examples[0], stack.losses[0], cost, arrived, stack.work[0])
 
     def go_on_from(self, now: Seconds) -> None:
         """Set the clock, after a restart."""
         self.began = self.crew.nodes.clock() - now
 
     def unfinished(self) -> list[Lost]:
-        """Wanted orders still on their way."""
-        return [Lost(job.order, "unfinished", self._spent(job)) for job in self._jobs.values() if job.wanted]
+        """Wanted orders still on their way, or not merged yet."""
+        waiting = [_given_up(event, "unfinished") for event in self._arrived]
+        return waiting + [Lost(job.order, "unfinished", self._spent(job)) for job in self._jobs.values() if job.wanted]
 
     def wait_until_idle(self, seconds: Seconds) -> None:
         """Let devices finish what they are at, but no longer than this."""
@@ -187,6 +230,14 @@ class FlowerFleet:
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
+    def _busy(self) -> set[ClientId]:
+        """Clients at work, as far as we know."""
+        return {job.order.client for job in self._jobs.values()} | set(self._pings.values())
+
+    def _passed(self, job: Job) -> Seconds:
+        """Since the order was sent, evaluations included."""
+        return self.crew.nodes.clock() - job.posted
+
     def _listen(self) -> None:
         """Take in what has come, in the order of arrival."""
         nodes = self.crew.nodes
@@ -196,11 +247,11 @@ class FlowerFleet:
                 continue
             job = self._jobs.pop(answer.message_id)
             expires = job.order.expires
-            expired = answer.content is None and expires is not None and self.now() - job.sent > expires - 1.0
+            expired = answer.content is None and expires is not None and self._passed(job) > expires - 1.0
             if job.wanted and expired:
                 self._lose(job, "too late", answer.error)
             elif job.wanted:
-                self._arrived.append(self._report(job, answer))
+                self._arrived.append(self.report(job, answer))
             if (
                 (expired or not job.wanted)
                 and answer.content is None
@@ -212,45 +263,36 @@ class FlowerFleet:
                     self._pings[ping] = job.order.client
         for identifier, job in list(self._jobs.items()):
             patience = self.order_seconds if job.order.expires is None else job.order.expires + self.order_seconds
-            if self.now() - job.sent > patience:
+            if self._passed(job) > patience:
                 del self._jobs[identifier]
                 if job.wanted:
                     self._lose(job, "failed", f"no answer within {patience:g} s")
-
-    def _report(self, job: Job, answer: Answer) -> Report | Lost:
-        arrived, order = self.now(), job.order
-        if answer.content is None:
-            return Lost(order, "failed", self._spent(job), f"client {order.client}: {answer.error}")
-        try:
-            (stack,) = wire.read_reply(answer.content, [order], self.layout, self.run)
-            size = self.guard.size(stack.updates, self._sizes)
-            cost = self._cost(job, answer.content, stack, arrived)
-        except FleetError as error:
-            return Lost(order, "refused", self._spent(job), f"client {order.client}: {error}")
-        self._sizes = [*self._sizes[-49:], size]
-        self.full_seconds.setdefault(order.client, cost.seconds.total / max(1e-9, self._share(order)))
-        return Report(order, stack.updates, 0, stack.examples[0], stack.losses[0], cost, arrived, stack.work[0])
 
     def _share(self, order: Order) -> float:
         """Of the full model's FLOPs."""
         layout, submodel = self.layout, order.submodel
         return layout.work(submodel.widths, submodel.trained_widths).total / layout.work(layout.full, layout.full).total
 
-    def _cost(self, job: Job, content: RecordDict, stack: wire.Stacked, arrived: Seconds) -> Cost:
+    def _cost(self, job: Job, content: RecordDict, stack: wire.Stacked, arrived: Seconds | None) -> Cost:
         """Measured by the device where it can, by the server where only it can."""
         figures, order = content["metrics"], job.order
         assert isinstance(figures, MetricRecord)
         seconds = {part: _measure(figures, f"seconds-{part}") for part in ("loading", "training", "teacher")}
-        elapsed, own, bytes_up = arrived - job.sent, sum(seconds.values()), wire_bytes(content)
-        if own > elapsed + SLACK_SECONDS:
-            raise FleetError(f"reports {own:.1f} s of work within {elapsed:.1f} s")
-        # What neither the work nor Flower's polling explains is the network's; both directions by their bytes.
-        network = max(0.0, elapsed - own - POLLING_SECONDS) / (job.bytes_down + bytes_up)
-        download, upload = network * job.bytes_down, network * bytes_up
+        passed, own, bytes_up = self._passed(job), sum(seconds.values()), wire_bytes(content)
+        if own > passed + SLACK_SECONDS:
+            raise FleetError(f"reports {own:.1f} s of work within {passed:.1f} s")
+        # What neither the work nor Flower's polling explains is the network's; both directions by their bytes. By the
+        # fleet's clock, since a report may have lain there while we evaluated.
+        network = 0.0 if arrived is None else max(0.0, arrived - job.sent - own - POLLING_SECONDS)
+        download = network * job.bytes_down / (job.bytes_down + bytes_up)
+        upload = network - download
         if "seconds-download" in figures:
-            download = min(_measure(figures, "seconds-download"), elapsed)
+            download = min(_measure(figures, "seconds-download"), passed)
+            upload = max(0.0, network - download)
         if "upload-bytes-per-second" in figures:
-            upload = min(bytes_up / max(_measure(figures, "upload-bytes-per-second"), 1.0), elapsed)
+            upload = min(bytes_up / max(_measure(figures, "upload-bytes-per-second"), 1.0), passed)
+            if "seconds-download" not in figures:
+                download = max(0.0, network - upload)
         joules = None
         if "joules-training" in figures:
             known = {part: _measure(figures, f"joules-{part}") for part in ("loading", "training", "teacher")}
@@ -270,11 +312,20 @@ class FlowerFleet:
 
     def _spent(self, job: Job) -> Cost:
         """Of an order without a report we know what was sent and how long ago."""
-        parts = Split(0.0, self.now() - job.sent, 0.0, 0.0)
+        parts = Split(0.0, self._passed(job), 0.0, 0.0)
         return Cost(parts, None, job.bytes_down, 0, 0.0, 0, source="measured")
+
+    def given_up(self, job: Job, reason: Any) -> Lost:
+        """An order that nobody waits for any longer."""
+        return Lost(job.order, reason, self._spent(job))
 
     def _lose(self, job: Job, reason: Any, detail: str) -> None:
         self._arrived.append(Lost(job.order, reason, self._spent(job), f"client {job.order.client}: {detail}"))
+
+
+def _given_up(event: Report | Lost, reason: Any) -> Lost:
+    """What has come in, but is not to be merged."""
+    return event if isinstance(event, Lost) else Lost(event.order, reason, event.cost)
 
 
 def _measure(figures: Mapping[str, Any], name: str) -> float:

@@ -68,7 +68,7 @@ class Nodes:
 
     def pull(self, ids: Iterable[str]) -> list[Answer]:
         """Answers that have come in; each is given once."""
-        wanted = set(ids)
+        wanted = dict.fromkeys(ids)  # in order, not a set: text hashes differently in every process
         if not wanted:
             return []
         answers = []
@@ -76,7 +76,7 @@ class Nodes:
             identifier = reply.metadata.reply_to_message_id
             if identifier not in wanted:
                 continue  # answers something else, or the same once more
-            wanted.discard(identifier)
+            del wanted[identifier]
             if reply.has_error():
                 answers.append(Answer(identifier, None, in_words(reply.error)))
             else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Read the settings, run the strategies, print what they came to."""
-    logging.getLogger("fedprune").setLevel(logging.INFO)
+    _speak_up()
     config = context.run_config
     clock = str(config["clock"])
     if clock not in ("auto", "virtual", "wall"):
@@ -58,6 +59,15 @@ def one(grid: Grid, settings: Settings, out: Path, virtual: bool, wait_seconds: 
     if virtual:
         return run(settings, out, watch=watch, trainer=OnNodes(Nodes(grid), settings))
     return deploy(settings, out, grid, wait_seconds=wait_seconds, watch=watch)
+
+
+def _speak_up() -> None:
+    """Flower shows what is printed; what the package logs goes there too."""
+    ours = logging.getLogger("fedprune")
+    ours.setLevel(logging.INFO)
+    if not ours.handlers:
+        ours.addHandler(logging.StreamHandler(sys.stdout))
+        ours.handlers[0].setFormatter(logging.Formatter("fedprune: %(message)s"))
 
 
 def _found(name: str) -> Path:

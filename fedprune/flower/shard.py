@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedprune.axes import Layout
 from fedprune.config import Settings
+from fedprune.errors import FleetError
 from fedprune.exchange import Order
 from fedprune.experiment import recommender_of
 from fedprune.fleet.trainer import Result, Stack, Stacked, cut_already, one_by_one
@@ -66,7 +67,11 @@ class OnNodes:
             asked = [orders[place] for place in hand]
             sizes = {o.ticket: _users(population, o.client) * _entries(layout, o.submodel) for o in asked}
             clients = {order.ticket: order.client for order in asked}
-            for stack in wire.read_reply(replies[node], asked, layout, self.run, sizes):
+            try:
+                stacks = wire.read_reply(replies[node], asked, layout, self.run, sizes)
+            except FleetError as error:
+                raise FleetError(f"node {node} answered training with nonsense: {error}") from None
+            for stack in stacks:
                 kept = _stack(population, stack, [clients[ticket] for ticket in stack.tickets])
                 for place, ticket in enumerate(stack.tickets):
                     results[ticket] = Result(stack.updates, place, stack.examples[place], stack.losses[place], kept)

@@ -129,11 +129,15 @@ class SuperLink(Staged):
         if not until(online, seconds, every=0.5):
             raise FleetError(f"not {count} SuperNodes are online after {seconds:g} s, they are {seen}; {self.tail()}")
 
-    def run(self, app: Path, config: Settings = NONE) -> Staged:
-        """`flwr run --stream` of the app in a folder; the process ends when the run has, and its log is the run's."""
+    def run(self, app: Path, config: Settings = NONE, federation: Settings = NONE) -> Staged:
+        """`flwr run --stream` of the app in a folder; the process ends when the run has, and its log is the run's.
+
+        `federation` is --federation-config, for a SuperLink that simulates its nodes.
+        """
         name = f"run-{len(self.runs)}"
         command = [*self.prefix, str(SCRIPTS / "flwr"), "run", str(app), CONNECTION, "--stream"]
         command += ["--run-config", _toml(config)] if config else []
+        command += ["--federation-config", _toml(federation)] if federation else []
         environment = _environment({"FLWR_HOME": str(self.home), MARK: f"{self.environment[MARK]}/{name}"})
         self.runs.append(Staged(name=name, command=command, environment=environment, folder=self.folder / name))
         self.runs[-1].start()
@@ -200,6 +204,7 @@ class Scene:
         auth: bool = False,
         database: bool = False,
         apart: bool = False,
+        simulation: bool = False,
         prefix: Sequence[str] = (),
         environment: Mapping[str, str] = NONE,
     ) -> SuperLink:
@@ -207,7 +212,8 @@ class Scene:
 
         With `auth`, only registered SuperNodes are let in; with `database`, nodes and runs are kept in a file for `start`
         after `kill`; with `apart`, ServerApps run under a SuperExec of their own (`scene.started[-1]`), not under the
-        SuperLink: together with `database`, a run then outlives the SuperLink and goes on after its `start`.
+        SuperLink: together with `database`, a run then outlives the SuperLink and goes on after its `start`. With
+        `simulation`, its nodes are simulated on Ray.
 
         Raises:
             FleetError: it did not come up, with the end of its log; or auth without keys.
@@ -220,6 +226,7 @@ class Scene:
         command += ["--database", str(folder / "state.db")] if database else []
         command += ["--enable-supernode-auth"] if auth else []
         command += ["--isolation", "process"] if apart else []
+        command += ["--simulation"] if simulation else []
         command += ["--insecure"] if keys is None else ["--ssl-ca-certfile", str(keys.ca)]
         command += (
             [] if keys is None else ["--ssl-certfile", str(keys.server_certificate), "--ssl-keyfile", str(keys.server_key)]

@@ -6,10 +6,13 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 VARIABLE = "FEDPRUNE_TRANSFERS"
 """Environment variable with the file's path, inherited by the client's processes."""
+TELLING_BYTES = 65_536
+"""A shorter upload is mostly latency, and says little of how fast a long one would be."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,17 @@ class Notebook:
 
     def __post_init__(self) -> None:
         self._latest: dict[str, Transfer] = {}
+        self._lock = Lock()  # Flower pushes the objects of one message from several threads
 
     def note(self, kind: Literal["download", "upload"], began: float, seconds: float, moved: int) -> None:
-        """Replace the last one of this kind."""
-        self._latest[kind] = Transfer(kind, began, seconds, moved)
-        new = self.path.with_suffix(".new")
-        new.write_text("".join(json.dumps(asdict(transfer)) + "\n" for transfer in self._latest.values()))
-        os.replace(new, self.path)
+        """Replace the last one of this kind; an upload only by one that tells its speed."""
+        if kind == "upload" and moved < TELLING_BYTES:
+            return
+        with self._lock:
+            self._latest[kind] = Transfer(kind, began, seconds, moved)
+            new = self.path.with_suffix(".new")
+            new.write_text("".join(json.dumps(asdict(transfer)) + "\n" for transfer in self._latest.values()))
+            os.replace(new, self.path)
 
 
 def last_transfers() -> dict[str, Transfer]:

@@ -65,8 +65,9 @@ def flat(arrays: ArrayRecord, name: str, kind: type, size: int | None = None) ->
         need(len(array.data) <= size * wanted.itemsize + ROOM, name, f"has {len(array.data)} bytes for {size} entries")
     try:
         values = array.numpy()
-    except (ValueError, EOFError, TypeError, OSError, SyntaxError, MemoryError) as error:
+    except Exception as error:  # a stranger's bytes: NumPy's reader lets errors of tokenizer, parser and zip through
         raise FleetError(f'field "{name}" cannot be read: {error}') from None
+    need(isinstance(values, np.ndarray), name, "is no array file")
     need(values.dtype == wanted, name, f"holds {values.dtype}, not {wanted}")
     need(values.ndim == 1, name, f"has shape {values.shape}, it must be flat")
     need(size is None or len(values) == size, name, f"has {len(values)} entries, not {size}")

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedprune.axes import Layout
-from fedprune.errors import FleetError, LayoutError
+from fedprune.errors import ConfigError, FleetError, LayoutError
 from fedprune.exchange import Order
 from fedprune.flower.wire.fields import FORMAT, arrays_of, flat, list_of, need, part_of, speaks, value_of
 from fedprune.objective import Objective
@@ -103,12 +103,19 @@ def read_orders(content: RecordDict, layout: Layout) -> Parcel:
     count = len(lists["tickets"])
     for name, values in lists.items():
         need(len(values) == count, name, f"has {len(values)} entries for {count} tickets")
+    for name in ("tickets", "clients", "versions"):
+        need(min(lists[name]) >= 0, name, f"must not be negative; got {lists[name][:5]}")
+    need(len(set(lists["tickets"])) == count, "tickets", "names an order twice")
+    for name in ("rates", "work"):
+        need(all(0 < share <= 1 for share in lists[name]), name, f"must be in (0, 1]; got {lists[name][:5]}")
     for name in ("cuts", "submodels"):
-        need(set(lists[name]) == set(range(max(lists[name]) + 1)), name, f"must number from 0 on; got {lists[name]}")
+        numbers = sorted(set(lists[name]))
+        need(numbers == list(range(len(numbers))), name, f"must number from 0 on; got {lists[name][:5]}")
     rows = value_of(config, "rows", str)
     need(rows in ("table", "touched"), "rows", f'is "{rows}"; it is table or touched')
     held_by = _units(content, layout, max(lists["submodels"]) + 1)
     objective, seed = _objective(config), value_of(config, "seed", int)
+    need(seed >= 0, "seed", f"is {seed}; it must not be negative")
     expires = value_of(config, "expires", float) if "expires" in config else None
     cuts = _cuts(content, layout, lists["cuts"], [held_by[number] for number in lists["submodels"]])
     numbered = zip(*(lists[n] for n in ("tickets", "clients", "versions", "rates", "submodels", "cuts")), strict=True)
@@ -158,6 +165,8 @@ def _units(content: RecordDict, layout: Layout, count: int) -> list[Submodel]:
 
 def _cuts(content: RecordDict, layout: Layout, cut_of: Sequence[int], submodels: Sequence[Submodel]) -> list[Tensors]:
     holder = dict(zip(cut_of, submodels, strict=True))
+    same = all(holder[number].held_key == held.held_key for number, held in zip(cut_of, submodels, strict=True))
+    need(same, "cuts", "gives one cut to orders that hold different units")
     names = layout.named("shared", "touched")
     shapes = [[layout.shape(name, holder[number].widths) for name in names] for number in range(len(holder))]
     sizes = [math.prod(shape) for cut in shapes for shape in cut]
@@ -170,10 +179,18 @@ def _cuts(content: RecordDict, layout: Layout, cut_of: Sequence[int], submodels:
 
 def _objective(config: ConfigRecord) -> Objective:
     values: dict[str, Any] = {}
-    known = {entry.name: entry for entry in fields(Objective)}
-    for key, value in config.items():
+    kinds = {entry.name: int if entry.name == "batch" else type(entry.default) for entry in fields(Objective)}
+    for key in config:
         if key.startswith("objective."):
             name = key.removeprefix("objective.")
-            need(name in known, key, "is not a term of the objective that this version knows")
-            values[name] = tuple(value) if isinstance(value, list) else value  # type: ignore[arg-type]
-    return Objective(**values)
+            need(name in kinds, key, "is not a term of the objective that this version knows")
+            if kinds[name] is tuple:
+                values[name] = tuple(list_of(config, key, float))
+                need(len(values[name]) == 2, key, f"has {len(values[name])} entries, not 2")
+            else:
+                values[name] = value_of(config, key, int if kinds[name] is int else float)
+                need(math.isfinite(values[name]), key, f"is {values[name]}")
+    try:
+        return Objective(**values)
+    except ConfigError as error:
+        raise FleetError(f'field "objective": {error}') from None
