@@ -1,4 +1,4 @@
-"""The command line: run, compare, report, list."""
+"""The command line: run, compare, report, list, keys."""
 
 from __future__ import annotations
 
@@ -115,6 +115,25 @@ def list_(
         for row in rows:
             table.add_row(*(f"{v:,g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v) for v in row))
         Console().print(table)
+
+
+@app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where they go; what is there stays")],
+    host: Annotated[list[str] | None, typer.Option(help="name or address of the server; may be repeated")] = None,
+    device: Annotated[list[str] | None, typer.Option(help="name of a device; may be repeated")] = None,
+) -> None:
+    """Certificates and keys for a deployment on real devices; see fedprune/flower/README.md."""
+    with _refusals():
+        try:
+            from fedprune.flower.keys import write_keys
+        except ImportError as error:
+            raise ConfigError(f"{error.name} is not installed; pip install 'fedprune[flower]'") from None
+        made = write_keys(folder, host or [], device or [])
+        print(f"{made.ca}: to every device, and to who runs `flwr`")
+        print(f"{made.server_certificate}, {made.server_key}: stay on the server ({', '.join(made.hosts)})")
+        for name in device or []:
+            print(f"{made.private(name)}: to {name} alone; {made.public(name)}: is registered with the SuperLink")
 
 
 def _first_line(thing: object) -> str:

@@ -119,6 +119,7 @@ class Deployment:
     def begin(self) -> tuple[ServerState, dict[str, Any]]:
         """Wait for everybody, then the federated SVD, one exchange per iteration."""
         self.crew.gather(self.wait_seconds)
+        self.fleet.go_on_from(0.0)
         start = WarmStart(self.settings.warm_start, popularity_bias=self.settings.popularity_bias)
         model = start.start(self.recommender, Apart(self, start.norm), self.state.model, self.settings.seed)
         ended = self.fleet.now()

@@ -32,7 +32,7 @@ PART_COLOURS = {
 def draw(records: Mapping[str, Sequence[RunRecord]], path: Path) -> None:
     """Write the figure; the suffix of the path decides the format.
 
-    Left: validation NDCG@10 (expected 1+99) over virtual time, one line per strategy (mean over seeds, band: their range).
+    Left: validation NDCG@10 (expected 1+99) over time, one line per strategy (mean over seeds, band: their range).
     Right: mean seconds of a client-round by what they went to, one bar per strategy.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=[1.35, 1], layout="constrained")
@@ -42,12 +42,16 @@ def draw(records: Mapping[str, Sequence[RunRecord]], path: Path) -> None:
     if target is not None:
         left.axhline(target, color=INK, linewidth=0.8, linestyle=":")
         left.annotate(" target", (0, target), xycoords=("axes fraction", "data"), ha="left", va="bottom", fontsize=8)
-    left.set_xlabel("virtual time [s]")
+    summaries = [summary for runs in records.values() for run in runs if (summary := run.finished)]
+    modelled = all(summary["source"] == "modelled" for summary in summaries)
+    clock = "virtual time" if modelled else "time"
+    left.set_xlabel(f"{clock} [s]")
     left.set_ylabel("validation NDCG@10, expected 1+99")
     left.set_xlim(left=0)
     left.legend(frameon=False, fontsize=8, loc="lower right")
-    left.set_title("Quality over virtual time", loc="left", fontsize=10)
+    left.set_title(f"Quality over {clock}", loc="left", fontsize=10)
     _bars(right, {strategy: [_means(run) for run in runs] for strategy, runs in records.items()})
+    right.set_xlabel(f"mean seconds per client and round ({'modelled' if modelled else 'measured'})")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
@@ -85,6 +89,8 @@ def _bars(axes: Any, means: Mapping[str, Sequence[Mapping[str, float]]]) -> None
             axes.barh(names, width, left=start, color=PART_COLOURS[part], label=part, height=0.65)
         start += width
     axes.invert_yaxis()
-    axes.set_xlabel("mean seconds per client and round (modelled)")
-    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(-0.02, 1.0), handlelength=1.0)
+    axes.legend(
+        frameon=False, fontsize=7.5, ncols=len(PART_COLOURS), loc="lower left", bbox_to_anchor=(-0.02, 1.0),
+        handlelength=0.9, handletextpad=0.4, columnspacing=0.9,
+    )  # fmt: skip
     axes.set_title("Where a client's seconds go", loc="left", fontsize=10, pad=22)

@@ -27,10 +27,20 @@ COLUMNS = (
 )
 """Keys of a summary, and how a table heads them."""
 
+SOURCES = {
+    "modelled": "Virtual time, energy and bytes are modelled.",
+    "measured": "Time, bytes and, where a meter was there, energy are measured on real devices.",
+}
 CAPTION = (
-    "Virtual time, energy and bytes are modelled. NDCG@10: full ranking; 1+99: exact expectation over all draws of 99 "
-    "negatives. Test quality at the round that validation chose. Slow users: the 1+99 figure for users of the slowest quarter."
+    "NDCG@10: full ranking; 1+99: exact expectation over all draws of 99 negatives. Test quality at the round that validation "
+    "chose. Slow users: the 1+99 figure for users of the slowest quarter."
 )
+
+
+def caption(runs: Sequence[Row]) -> str:
+    """What the figures are and where they come from."""
+    sources = sorted({run["source"] for run in runs})
+    return " ".join([*(SOURCES[source] for source in sources), CAPTION])
 
 
 def body(runs: Sequence[Row], baselines: Mapping[str, Row]) -> list[list[str]]:
@@ -54,7 +64,7 @@ def grouped(runs: Sequence[Row]) -> dict[str, list[Row]]:
 
 def terminal(runs: Sequence[Row], baselines: Mapping[str, Row]) -> Table:
     """For the screen."""
-    table = Table(caption=CAPTION, caption_justify="left")
+    table = Table(caption=caption(runs), caption_justify="left")
     for key, heading in COLUMNS:
         table.add_column(heading, justify="left" if key == "strategy" else "right", no_wrap=key == "strategy")
     for row in body(runs, {}):
@@ -70,7 +80,7 @@ def markdown(runs: Sequence[Row], baselines: Mapping[str, Row]) -> str:
     head = [heading for _, heading in COLUMNS]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in body(runs, baselines)]
-    return "\n".join([*lines, "", CAPTION, ""])
+    return "\n".join([*lines, "", caption(runs), ""])
 
 
 def csv(runs: Sequence[Row], path: Path) -> None:
