@@ -1,9 +1,10 @@
-# Two commands: `make run` (the main job) and `make test`. Both set up .venv/ when it is missing or out of date.
+# `make run` (the main job) and `make test`; `make test-deploy` starts real SuperLinks, SuperNodes and Ray, and takes longer.
+# All set up .venv/ when it is missing or out of date.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check clean
+.PHONY: run test test-deploy check clean
 .DEFAULT_GOAL := run
 
 $(VENV)/.run: pyproject.toml
@@ -26,6 +27,9 @@ check: $(VENV)/.test
 
 test: check
 	$(BIN)/python -m pytest
+
+test-deploy: $(VENV)/.test
+	$(BIN)/python -m pytest -m "deploy or ray" -n 3 --dist worksteal tests/deploy tests/ray
 
 clean:
 	rm -rf $(VENV) results runs

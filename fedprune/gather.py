@@ -24,7 +24,7 @@ class Gather:
         pace: stop once this multiple of the round's first own report time has passed; None: never. The deadline for those
             who know no times beforehand.
         late: what becomes of the rest: "drop" (no longer wanted) or "keep" (still expected, merged into a later version).
-        pause: how long to wait where nobody could be asked.
+        pause: how long to wait where nobody could be asked, unless somebody reports.
     """
 
     count: int | None = None
@@ -75,5 +75,7 @@ class Gather:
     def _enough(self, reports: int, asked: bool, missing: bool, deadline: Seconds | None) -> bool:
         if self.count is not None and reports >= self.count:
             return True
+        if not asked and reports:
+            return True  # everybody was at work; now somebody can be asked again
         # Who keeps late reports and has a deadline listens until then, whoever the next report is from.
         return asked and not missing and (self.late == "drop" or deadline is None)

@@ -36,7 +36,7 @@ DEVICES = {
 ENVIRONMENT = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"}  # Flower's default; looking more often takes a slow device's time
 SETTINGS = {
     "data": "ml-100k", "silos": 4, "recommender": "mlp", "latent": 64, "hidden": "[256,128]", "negatives": 3, "batch": 4096,
-    "epochs": 16, "lr": 0.5, "server": "average", "server_lr": 1.0, "warm_start": 4, "evaluations": 2, "checkpoint": 1,
+    "epochs": 16, "lr": 0.5, "server": "average", "server_lr": 1.0, "warm_start": 2, "evaluations": 2, "checkpoint": 1,
     "adaptcl.interval": 1, "adaptcl.grid": 64,
 }  # fmt: skip
 

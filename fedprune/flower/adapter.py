@@ -26,8 +26,7 @@ from flwr.serverapp.strategy import Strategy
 from fedprune.config import Settings
 from fedprune.errors import ConfigError, FleetError
 from fedprune.exchange import Lost, Order, Report
-from fedprune.flower import wire
-from fedprune.flower.deployment import Deployment, catalogue_of
+from fedprune.flower.deployment import Deployment, catalogue_of, mean_quality, quality_of
 from fedprune.flower.fleet import Job
 from fedprune.flower.nodes import Answer, Nodes, in_words
 from fedprune.strategy import ServerState, arrival, ask, learn
@@ -116,16 +115,20 @@ class FlowerStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Means over users of what `deployment.Deployment.evaluate` measures, `validation-` and `test-`."""
-        contents = [reply.content for reply in replies if not reply.has_error()]
+        deployment = self._deployment
+        assert deployment is not None
+        said = []
+        for reply in replies:
+            client = deployment.crew.client_of(reply.metadata.src_node_id)
+            try:
+                if client is None or reply.has_error():
+                    raise FleetError(in_words(reply.error) if reply.has_error() else "nobody has said who it is")
+                said.append(quality_of(reply.content, deployment.crew.facts[client].users))
+            except FleetError as error:
+                log.warning("client %s is not in the evaluation: %s", client, error)
         figures: dict[str, Any] = {}
         for split in ("validation", "test"):
-            users = [wire.read_metric(content, f"{split}-users", int) for content in contents]
-            if not sum(users):
-                continue
-            for name in ("hr10_full", "ndcg10_full", "hr10_expected", "ndcg10_expected"):
-                values = [wire.read_metric(c, f"{split}-{name}") * n for c, n in zip(contents, users, strict=True) if n]
-                figures[f"{split}-{name}"] = sum(values) / sum(users)
-            figures[f"{split}-users"] = sum(users)
+            figures |= {f"{split}-{name}": value for name, value in mean_quality(said, split).items()}
         return MetricRecord(figures) if figures else None
 
     def _on(self, grid: Grid) -> Deployment:

@@ -18,6 +18,8 @@ HELLO_SECONDS = 120.0
 AGAIN_SECONDS = 60.0
 """A node that was refused is asked again after so long: it may have been slow to start, or have come back under another
 number before the SuperLink, which waits for a minute, knew that it had been away."""
+BOAST = 20.0
+"""No device is believed to be more than so many times as fast as the median one."""
 log = logging.getLogger(__name__)
 
 
@@ -110,9 +112,10 @@ class Crew:
     def slowness(self) -> FloatArray:
         """`[clients]`: as declared, or by the speed of the probe; for strategies that presume to know. 1 for the unknown."""
         result = np.ones(self.clients)
-        fastest = max((facts.flops for facts in self.facts.values()), default=1.0)
+        flops = [facts.flops for facts in self.facts.values()] or [1.0]
+        fastest = min(max(flops), BOAST * float(np.median(flops)))
         for client, facts in self.facts.items():
-            result[client] = facts.slowness or fastest / facts.flops
+            result[client] = facts.slowness or max(1.0, fastest / facts.flops)
         return result / result.min()
 
     def _welcome(self, node: int, answer: Answer, online: set[int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,13 +157,15 @@ class Deployment:
                 self.fleet.wait_until_idle(FINISH_SECONDS)
             contents = self.questions(state, silent)
             answers = self.crew.nodes.ask(contents, "evaluate", group=str(state.version), seconds=FINISH_SECONDS)
-        said: dict[ClientId, RecordDict] = {}
+        said: dict[ClientId, dict[str, float]] = {}
         for node, answer in answers.items():
             client = self.crew.client_of(node)
-            if client is None or answer.content is None:
-                log.warning("client %s could not be evaluated: %s", client, answer.error)
-            else:
-                said[client] = answer.content
+            try:
+                if client is None or answer.content is None:
+                    raise FleetError(answer.error)
+                said[client] = quality_of(answer.content, self.crew.facts[client].users)
+            except FleetError as error:
+                log.warning("client %s is not in the evaluation: %s", client, error)
         return {name: self._averaged(said, name) for name in ("validation", "test")}
 
     def questions(self, state: ServerState, silent: Sequence[ClientId] = ()) -> dict[int, RecordDict]:
@@ -184,26 +186,15 @@ class Deployment:
                 config["listen"] = self.settings.listen_steps
         return contents
 
-    def _averaged(self, said: dict[ClientId, RecordDict], split: str) -> dict[str, float]:
+    def _averaged(self, said: Mapping[ClientId, Mapping[str, float]], split: str) -> dict[str, float]:
         """Means over all evaluated users, and over those of the slowest quarter of the devices."""
         seconds = self.fleet.full_seconds
         limit = float(np.quantile(list(seconds.values()), 0.75)) if seconds else 0.0
-        slow = {client for client in said if seconds.get(client, 0.0) >= limit}
-        result: dict[str, float] = {}
-        for suffix, among in (("", set(said)), ("_slow", slow)):
-            users = {client: wire.read_metric(said[client], f"{split}-users", int) for client in among}
-            total = sum(users.values())
-            if not total:
-                continue
-            for protocol in ("full", "expected", "draw"):
-                for name in ("hr10", "ndcg10"):
-                    figure = f"{name}_{protocol}"
-                    sums = [n * wire.read_metric(said[c], f"{split}-{figure}") for c, n in users.items() if n]
-                    result[figure + suffix] = sum(sums) / total
-            result[f"users{suffix}"] = total
-        if "users" not in result:
+        slow = [figures for client, figures in said.items() if seconds.get(client, 0.0) >= limit]
+        result = mean_quality(list(said.values()), split)
+        if not result:
             raise FleetError(f"no device could be evaluated on {split}; {len(said)} answered, none has a held-out item")
-        return result
+        return result | {f"{name}_slow": value for name, value in mean_quality(slow, split).items()}
 
     def ask_everybody(self, action: str, content: Callable[[ClientId], RecordDict], what: str) -> dict[ClientId, RecordDict]:
         """Ask all clients, and count the bytes.
@@ -217,6 +208,41 @@ class Deployment:
         self._moved["bytes_down"] += sum(map(wire_bytes, contents.values()))
         self._moved["bytes_up"] += sum(map(wire_bytes, answers.values()))
         return {nodes[node]: answer for node, answer in answers.items()}
+
+
+FIGURES = [f"{name}_{protocol}" for protocol in ("full", "expected", "draw") for name in ("hr10", "ndcg10")]
+
+
+def quality_of(content: RecordDict, users: int) -> dict[str, float]:
+    """What a device says of its users' ranking quality, `validation-` and `test-`.
+
+    Args:
+        users: as many as it said it has.
+
+    Raises:
+        FleetError: a figure is missing or cannot be.
+    """
+    result: dict[str, float] = {}
+    for split in ("validation", "test"):
+        count = wire.read_metric(content, f"{split}-users", int)
+        if not 0 <= count <= users:
+            raise FleetError(f'field "{split}-users" is {count}; it has {users}')
+        result[f"{split}-users"] = count
+        for figure in FIGURES if count else ():
+            value = result[f"{split}-{figure}"] = wire.read_metric(content, f"{split}-{figure}")
+            if not 0 <= value <= 1:
+                raise FleetError(f'field "{split}-{figure}" is {value}; it must be in 0 .. 1')
+    return result
+
+
+def mean_quality(said: Sequence[Mapping[str, float]], split: str) -> dict[str, float]:
+    """Means over users; empty without any."""
+    total = sum(figures[f"{split}-users"] for figures in said)
+    if not total:
+        return {}
+    counted = [figures for figures in said if figures[f"{split}-users"]]
+    means = {f: sum(own[f"{split}-{f}"] * own[f"{split}-users"] for own in counted) / total for f in FIGURES}
+    return means | {"users": total}
 
 
 @dataclass
@@ -259,10 +285,24 @@ class Apart:
 
         answers = self.deployment.ask_everybody("query.warm_start", content, f"the warm start ({step})")
         total = np.zeros((items, *shape))
-        if wanted is not None:
-            for client in sorted(answers):  # float addition does not commute
-                total += wire.read_array(answers[client], wanted, (items, *shape), np.float64)
+        for client in sorted(answers) if wanted is not None else ():  # in order: float addition does not commute
+            part = wire.read_array(answers[client], str(wanted), (items, *shape), np.float64)
+            self._credible(client, step, part)
+            total += part
         return total
+
+    def _credible(self, client: ClientId, step: str, part: FloatArray) -> None:
+        """A client's sum cannot exceed what its interactions make possible.
+
+        Raises:
+            FleetError: it does; the run ends, since nobody can start without everybody's part.
+        """
+        facts = self.deployment.crew.facts[client]
+        if step == "counts" and (part.min() < 0 or part.max() > facts.users or part.sum() > facts.interactions):
+            raise FleetError(f"client {client}'s item counts do not fit its {facts.interactions} interactions; leave it out")
+        # Rows of X have norm 1 at most, and Q has orthonormal columns: |X^T X Q| is at most the number of rows.
+        if step == "spread" and float(np.linalg.norm(part)) > facts.users * np.sqrt(max(1, part.shape[-1])):
+            raise FleetError(f"client {client}'s part of the warm start is larger than any can be; leave it out")
 
 
 def say(event: dict[str, Any]) -> str:

@@ -34,7 +34,8 @@ class Guard:
 
     Attributes:
         largest: no entry may change by more.
-        factor: the root mean square of an update may be so many times the median of the last accepted ones.
+        factor: the root mean square of an update, and its largest entry, may be so many times the median of the last
+            accepted ones'.
         known: how many of those must be known first.
     """
 
@@ -42,8 +43,11 @@ class Guard:
     factor: float = 30.0
     known: int = 5
 
-    def size(self, updates: Updates, sizes: Sequence[float]) -> float:
-        """The update's root mean square over the trained rows.
+    def size(self, updates: Updates, sizes: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        """Root mean square of an update's changed entries, and its largest entry.
+
+        Args:
+            sizes: of the last accepted ones.
 
         Raises:
             FleetError: it is too large.
@@ -53,9 +57,13 @@ class Guard:
         if not largest <= self.largest:
             raise FleetError(f'field "update" changes an entry by {largest:.3g}; {self.largest:g} is the most that is believed')
         changed = entries[entries != 0]
-        size = float(changed.double().square().mean().sqrt()) if len(changed) else 0.0
-        if len(sizes) >= self.known and size > self.factor * (usual := float(np.median(sizes))):
-            raise FleetError(f'field "update" is {size / usual:.0f} times as large as usual; {self.factor:g} is the most')
+        size = (float(changed.double().square().mean().sqrt()) if len(changed) else 0.0, largest)
+        if len(sizes) >= self.known:
+            for found, usual, what in zip(size, np.median(sizes, axis=0), ("update", "largest entry"), strict=True):
+                if found > self.factor * usual:
+                    raise FleetError(
+                        f'field "update": its {what} is {found / usual:.0f} times the usual; {self.factor:g} is the most'
+                    )
         return size
 
 
@@ -100,7 +108,7 @@ class FlowerFleet:
     _jobs: dict[str, Job] = field(default_factory=dict)
     _pings: dict[str, ClientId] = field(default_factory=dict)
     _arrived: list[Report | Lost] = field(default_factory=list)
-    _sizes: list[float] = field(default_factory=list)
+    _sizes: list[tuple[float, float]] = field(default_factory=list)
     _stopped: Seconds | None = None
     full_seconds: dict[ClientId, Seconds] = field(default_factory=dict)
     """How long each client's first report took, scaled to the full model."""
@@ -203,11 +211,12 @@ class FlowerFleet:
             return Lost(order, "failed", self._spent(job), f"client {order.client}: {answer.error}")
         try:
             (stack,) = wire.read_reply(answer.content, [order], self.layout, self.run)
+            self._credible(order, stack)
             size = self.guard.size(stack.updates, self._sizes)
             cost = self._cost(job, answer.content, stack, arrived if polled else None)
         except FleetError as error:
             return Lost(order, "refused", self._spent(job), f"client {order.client}: {error}")
-        if size > 0:  # updates of nothing say nothing of what is usual
+        if size[0] > 0:  # updates of nothing say nothing of what is usual
             self._sizes = [*self._sizes[-49:], size]
         self.full_seconds.setdefault(order.client, cost.seconds.total / max(1e-9, self._share(order)))
         return Report(order, stack.updates, 0, stack.examples[0], stack.losses[0], cost, arrived, stack.work[0])
@@ -268,6 +277,14 @@ class FlowerFleet:
                 if job.wanted:
                     self._lose(job, "failed", f"no answer within {patience:g} s")
 
+    def _credible(self, order: Order, stack: wire.Stacked) -> None:
+        """Examples beyond what the client said it has would weigh too much."""
+        most = self.crew.facts[order.client].interactions * (1 + order.objective.negatives)
+        if stack.examples[0] > most:
+            raise FleetError(f'field "examples" is {stack.examples[0]}; this client has at most {most}')
+        if stack.losses[0] > 1e6:
+            raise FleetError(f'field "losses" is {stack.losses[0]:.3g}, which is not credible')
+
     def _share(self, order: Order) -> float:
         """Of the full model's FLOPs."""
         layout, submodel = self.layout, order.submodel
@@ -293,6 +310,9 @@ class FlowerFleet:
             upload = min(bytes_up / max(_measure(figures, "upload-bytes-per-second"), 1.0), passed)
             if "seconds-download" not in figures:
                 download = max(0.0, network - upload)
+        # Time that a device does not own up to is its own all the same: silence must not make it look fast.
+        known_to_us = 0.0 if arrived is None else arrived - job.sent
+        seconds["loading"] += max(0.0, known_to_us - own - download - upload - POLLING_SECONDS)
         joules = None
         if "joules-training" in figures:
             known = {part: _measure(figures, f"joules-{part}") for part in ("loading", "training", "teacher")}

@@ -21,7 +21,6 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-import fedprune
 from fedprune.config import Settings, read
 from fedprune.errors import ConfigError, unknown
 from fedprune.flower.compat import is_simulated
@@ -73,4 +72,4 @@ def _speak_up() -> None:
 def _found(name: str) -> Path:
     """A settings file: as it is, or in the app, which Flower unpacks somewhere of its own."""
     path = Path(name).expanduser()
-    return path if path.exists() else Path(fedprune.__file__).parent.parent / name
+    return path if path.exists() else Path(__file__).parents[2] / name

@@ -1,8 +1,9 @@
 """What a device keeps on its own disk: private rows, their optimiser's moments, and how fast it was.
 
 Flower runs every message in a fresh process and forgets a node's state when its SuperNode restarts, so it is all in files. An
-order begins from the rows that the last one left. If the server asks for the same ticket again (it was killed and went on from
-its checkpoint), the order begins where it began the first time, so nothing is trained twice.
+order begins from the rows that the last one left. If the server asks for the last ticket again (it was killed and went on from
+its checkpoint), the order begins where it began the first time. With `checkpoint = 1`, as deployments should have it, no more
+than one order per device is ever repeated; with rarer checkpoints, private rows are ahead of the server by some orders.
 """
 
 from __future__ import annotations
