@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedprune.energy import above_idle
 from fedprune.errors import RecordError
 from fedprune.exchange import PARTS, Cost, Lost, Report
 from fedprune.strategy import Round, ServerState
@@ -179,6 +180,14 @@ def _joules(cost: Cost, part: str) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
+def _above_idle(cost: Cost) -> float | None:
+    """Joules of the measured parts beyond what the device would have drawn at rest meanwhile; None where that is unknown."""
+    known = {part: joules for part in PARTS if (joules := _joules(cost, part)) is not None}
+    if not known:
+        return None
+    return above_idle(sum(known.values()), sum(getattr(cost.seconds, part) for part in known), cost.watts_waiting)
+
+
 def _sum(values: Iterable[float | None]) -> float | None:
     """None if one is unknown."""
     values = list(values)
@@ -208,6 +217,7 @@ def ledger_rows(happened: Round) -> dict[str, list]:
     columns["joules_waiting"] = [
         None if e.cost.watts_waiting is None else e.cost.watts_waiting * w for (e, _), w in zip(entries, waited, strict=True)
     ]
+    columns["joules_above_idle"] = [_above_idle(e.cost) for e, _ in entries]
     for name in ("watts_waiting", "bytes_down", "bytes_up", "flops", "parameters", "source"):
         columns[name] = [getattr(e.cost, name) for e, _ in entries]
     return columns

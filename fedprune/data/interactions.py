@@ -139,7 +139,7 @@ def arrange(
     if len(present_users) < least or len(present_items) < least:
         raise DataError(
             f"{name} has {len(order):,} usable rows, {len(present_users)} users and {len(present_items)} items; "
-            f"at least {least} of each are needed." + (f" {' '.join(said)}" if said else "")
+            f"a recommender needs at least {least} of each." + (f" {' '.join(said)}" if said else "")
         )
     return Interactions(
         name=name,

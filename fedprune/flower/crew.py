@@ -96,6 +96,15 @@ class Crew:
                 )
             self.nodes.pause()
 
+    def settle(self, seconds: Seconds = HELLO_SECONDS) -> None:
+        """Wait until everybody who is online has said who they are, or was refused; no longer than this."""
+        until = self.nodes.clock() + seconds
+        while self.nodes.clock() < until:
+            self.enrol()
+            if set(self.nodes.connected()) <= {*self._node.values(), *self.refused}:
+                return
+            self.nodes.pause()
+
     def present(self) -> list[ClientId]:
         """Clients whose node is online, ascending."""
         online = set(self.nodes.connected())

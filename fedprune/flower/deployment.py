@@ -129,7 +129,11 @@ class Deployment:
         return self.state, event | {"seconds": seconds | {"waiting": ended * self.clients}}
 
     def resume(self, state: ServerState, kept: Snapshot) -> None:
-        """Set the clock; orders that were on their way are lost with the server that sent them."""
+        """Set the clock; orders that were on their way are lost with the server that sent them.
+
+        Who is online is waited for, or the first round would be that of the first to answer; who is not is not.
+        """
+        self.crew.settle()
         self.fleet.go_on_from(kept.about["clock"])
         self.fleet.full_seconds |= {int(client): seconds for client, seconds in kept.about["full_seconds"].items()}
 
