@@ -229,6 +229,7 @@ LEDGER = (
     | {f"seconds_{part}": pl.Float64 for part in (*PARTS, "waiting")}
     | {f"joules_{part}": pl.Float64 for part in (*PARTS, "waiting")}
     | {
+        "joules_above_idle": pl.Float64,
         "watts_waiting": pl.Float64,
         "bytes_down": pl.Int64,
         "bytes_up": pl.Int64,
