@@ -204,9 +204,11 @@ def _quota(undo: contextlib.ExitStack, name: str, cpus: float) -> Path:
         group.mkdir()
         if (group / "cpu.max").exists():
             (group / "cpu.max").write_text(f"{quota} {PERIOD_MICROSECONDS}")
+            (group / "cpu.weight").write_text("10000")  # a quota is a limit; the weight makes it a promise on a busy machine
         else:
             (group / "cpu.cfs_period_us").write_text(str(PERIOD_MICROSECONDS))
             (group / "cpu.cfs_quota_us").write_text(str(quota))
+            (group / "cpu.shares").write_text("262144")
     except OSError as error:
         raise FleetError(f"no CPU quota of {cpus} for {group}: {error}.") from error
     return group

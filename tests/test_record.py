@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -12,11 +14,16 @@ import polars as pl
 import pytest
 import torch
 from files import settings
+from reports import NOTHING
 
 from fedprune.config import read
 from fedprune.errors import RecordError
-from fedprune.record import RunRecord
+from fedprune.exchange import Cost, Order, Report, Split
+from fedprune.objective import Objective
+from fedprune.record import RunRecord, ledger_rows, line
 from fedprune.simulation import run
+from fedprune.strategy import Round
+from fedprune.submodel import Submodel
 
 CHANGES = {
     "fedavg": [],
@@ -119,3 +126,18 @@ def test_ledger_and_events_agree(tmp_path: Path) -> None:
         assert rows["bytes_down"].sum() == event["bytes_down"]
         assert rows["discarded"].sum() == event["lost"]
     assert all(a["ended"] <= b["began"] for a, b in itertools.pairwise(rounds))
+
+
+def test_joules_above_idle_are_those_of_the_measured_parts() -> None:
+    seconds, joules = Split(1.0, 2.0, 0.0, 3.0, 4.0), Split(math.nan, 50.0, 0.0, math.nan, 30.0)
+    measured = Cost(seconds, joules, 1, 1, 0.0, 0, watts_waiting=5.0, source="measured")
+    order = Order(0, 0, 0, 1.0, Submodel({}), Objective(), "table", {}, 0)
+    unknown = dataclasses.replace(measured, joules=None)
+    reports = [Report(order, NOTHING, 0, 1, 0.0, cost, 10.0) for cost in (measured, unknown)]
+    rows = ledger_rows(Round(0, 0.0, 10.0, (order,), tuple(reports), ()))
+    assert rows["joules_above_idle"] == [80.0 - (2.0 + 0.0 + 4.0) * 5.0, None]
+    assert rows["joules_download"] == [None, None] and rows["joules_training"] == [50.0, None]
+    event = line(Round(0, 0.0, 10.0, (order,), (reports[0],), ()))
+    assert event["joules"] == {
+        "download": None, "loading": 30.0, "training": 50.0, "teacher": 0.0, "upload": None, "waiting": 0.0,
+    }  # fmt: skip
