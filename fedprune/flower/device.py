@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ from flwr.app import MetricRecord, RecordDict
 from fedprune import energy
 from fedprune.config import Settings
 from fedprune.data import Split, leave_one_out, load_own
-from fedprune.errors import DataError, FleetError
+from fedprune.errors import ConfigError, DataError, FleetError
 from fedprune.evaluation import average, quality, rank_held_out
 from fedprune.exchange import Order
 from fedprune.experiment import recommender_of
@@ -63,10 +65,14 @@ class Device:
             FleetError: the node says no `partition-id`, or has not been told the catalogue yet.
             DataError: its own file cannot be read.
         """
-        if "partition-id" not in node_config:
-            raise FleetError("the SuperNode has no partition-id; start it with --node-config 'partition-id=0' (0, 1, 2 ...)")
+        client = node_config.get("partition-id")
+        if type(client) is not int or client < 0:
+            raise FleetError(
+                f"partition-id is {client!r}; start the SuperNode with --node-config 'partition-id=0' (or 1, 2 ...)"
+            )
         run, text = wire.read_config(content, "run", str), wire.read_config(content, "settings", str)
-        client = int(node_config["partition-id"])
+        if not re.fullmatch(r"[\w-]{1,80}", run):
+            raise FleetError(f'run "{run[:80]}" cannot be the name of a folder')
         own = str(node_config["data"]) if "data" in node_config else None
         store = Store(home(node_config) / run, client)
         if own is not None and (items := wire.read_option(content, "items", str, "")):
@@ -104,7 +110,7 @@ class Device:
         answer = wire.write_numbers(self.run, "", arrays={"padding": _noise(PADDING_BYTES)}, client=self.client)
         figures = {"users": len(self.users), "interactions": rows, "items": train.items, "flops": float(facts["flops"])}
         if "slowness" in self.node_config:
-            figures["slowness"] = float(self.node_config["slowness"])
+            figures["slowness"] = _number(self.node_config, "slowness", least=1.0)
         answer["metrics"] = MetricRecord(figures)
         return answer
 
@@ -206,9 +212,9 @@ class Device:
             # Before this program could read the meter it drew, we assume, what it drew while loading the rest.
             share = (loading.seconds + starting) / max(loading.seconds, 1e-9)
             figures |= {"joules-loading": loading.joules * share, "joules-training": training.joules, "joules-teacher": 0.0}
-        idle = self.node_config.get("watts-idle", self.store.facts().get("watts-idle"))
-        if idle is not None:
-            figures["watts-idle"] = float(idle)
+        known = dict(self.store.facts()) | dict(self.node_config)
+        if "watts-idle" in known:
+            figures["watts-idle"] = _number(known, "watts-idle", least=0.0)
         moved = last_transfers()
         if "download" in moved:
             figures["seconds-download"] = moved["download"].seconds
@@ -254,6 +260,18 @@ def _world(text: str, own: str | None, items: str) -> tuple[Settings, Split, Rec
 @lru_cache(maxsize=1)
 def _meter(name: str) -> energy.Meter | None:
     return energy.find(name)
+
+
+def _number(config: Mapping[str, Any], name: str, least: float) -> float:
+    """A number of the node's configuration.
+
+    Raises:
+        ConfigError: it is none, or too small.
+    """
+    value = config[name]
+    if type(value) not in (int, float) or not least <= value < math.inf:
+        raise ConfigError(f"{name} is {value!r} in --node-config; it must be a number, {least:g} or more")
+    return float(value)
 
 
 def probe(seconds: Seconds = 0.3) -> float:

@@ -2,27 +2,29 @@
 
     flwr run . local --run-config 'config="configs/silos.toml" strategies="fedavg,adaptcl" set="rounds=20"'
 
-`config` is a settings file, in the app or anywhere on the server; `set` changes settings, separated by spaces; `strategies`
-names those to run one after another (none: the file's `strategy`); `out` is where run folders go; `clock` is "virtual" (device
-table; what a simulation does by default), "wall" (measured; what a deployment does), or "auto"; `wait-seconds` is how long a
-deployment waits for its devices. A run that was stopped goes on if it is started again with the same run-config.
+`config` is a settings file, in the app or anywhere on the server; `set` changes settings, separated by spaces (quoted as in a
+shell); `strategies` names those to run one after another (none: the file's `strategy`); `out` is where run folders go; `clock` is
+"virtual" (device table; what a simulation does by default), "wall" (measured; what a deployment does), or "auto";
+`wait-seconds` is how long a deployment waits for its devices. A run that was stopped goes on if it is started again with the
+same run-config.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Context
+from flwr.app import Context, UserConfig
 from flwr.serverapp import Grid, ServerApp
 
 from fedprune.config import Settings, read
-from fedprune.errors import ConfigError, unknown
+from fedprune.errors import ConfigError, FedpruneError, unknown
 from fedprune.flower.compat import is_simulated
 from fedprune.flower.deployment import deploy, say
 from fedprune.flower.nodes import Nodes
@@ -36,17 +38,27 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Read the settings, run the strategies, print what they came to."""
     _speak_up()
-    config = context.run_config
+    try:
+        run_all(grid, context.run_config)
+    except FedpruneError as error:
+        print(f"fedprune: {error}", flush=True)  # Flower's traceback follows, and the run counts as failed
+        raise
+
+
+def run_all(grid: Grid, config: UserConfig) -> None:
+    """All strategies that the run-config names, one after another."""
     clock = str(config["clock"])
     if clock not in ("auto", "virtual", "wall"):
         raise ConfigError(unknown("clock", clock, ("auto", "virtual", "wall")))
     virtual = is_simulated(grid) if clock == "auto" else clock == "virtual"
     if virtual:
         torch.set_num_threads(1)
-    settings = read(_found(str(config["config"])), str(config["set"]).split())
+    settings = read(_found(str(config["config"])), shlex.split(str(config["set"])))
     names = [name.strip() for name in str(config["strategies"]).split(",") if name.strip()] or [settings.strategy]
     out = Path(str(config["out"])).expanduser().absolute()
     print(f"fedprune: runs go to {out}", flush=True)
+    for name in names:
+        settings.only(name)  # refused before anything has run
     for name in names:
         summary = one(grid, settings.only(name), out, virtual, float(str(config["wait-seconds"])))
         print(f"fedprune: {name}: {json.dumps(summary)}", flush=True)
