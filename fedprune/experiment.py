@@ -81,6 +81,9 @@ class Experiment(Protocol):
         Args:
             silent: clients that have never had an order.
             final: nothing follows, so the busy may be waited for.
+
+        Returns:
+            Empty if there was nobody to ask; a simulation always has somebody.
         """
         ...
 
@@ -119,40 +122,47 @@ def conduct(experiment: Experiment, record: RunRecord, watch: Watcher | None = N
                 f"the warm start takes {event['ended']:,.0f} virtual seconds, virtual_seconds is "
                 f"{settings.virtual_seconds:,.0f}; raise it, or lower warm_start"
             )
-        event["evaluation"] = experiment.evaluate(state)
+        _evaluated(event, experiment.evaluate(state), progress)
         record.add(event)
-        progress["best"] = event["evaluation"]["validation"]["ndcg10_expected"]
         record.keep_model(state.model)
     else:
         state, snapshot, progress = kept
         experiment.resume(state, snapshot)
     asked = set(progress["asked"])
-    while not _over(settings, state, fleet, progress):
+    over = _over(settings, state, fleet, progress)
+    while not over:
         state, happened = one_round(experiment.strategy, state, fleet)
         asked |= {order.client for order in happened.orders}
-        if _over(settings, state, fleet, progress):
+        over = _over(settings, state, fleet, progress)  # asked once: on a wall clock the answer changes
+        if over:
             happened = replace(happened, lost=(*happened.lost, *experiment.unfinished()))
         event = line(happened) | {"model": digest(state.model)}
-        over = _over(settings, state, fleet, progress)
         if over or _due(settings, state.version, happened.began, happened.ended):
             silent = [c for c in range(experiment.clients) if c not in asked]
-            event["evaluation"] = experiment.evaluate(state, silent, over)
-            value = event["evaluation"]["validation"]["ndcg10_expected"]
-            if value > progress["best"]:
-                progress |= {"best": value, "flat": 0}
+            if _evaluated(event, experiment.evaluate(state, silent, over), progress):
                 record.keep_model(state.model)
-            else:
-                progress["flat"] += 1
         record.add(event, ledger_rows(happened))
         if state.version % settings.checkpoint == 0:
             record.checkpoint(state, experiment.snapshot(state), progress | {"asked": sorted(asked)})
         if watch is not None:
             watch(event)
+        over = over or _over(settings, state, fleet, progress)  # an evaluation may have been the last to be patient with
     record.checkpoint(state, experiment.snapshot(state), progress | {"asked": sorted(asked)})
     summary = summarise(record.events(), settings.model_dump(), ceiling=experiment.heterogeneity())
     summary = {"identity": record.folder.parent.name} | summary
     record.finish(summary)
     return summary
+
+
+def _evaluated(event: dict[str, Any], evaluation: dict[str, dict[str, float]], progress: dict[str, Any]) -> bool:
+    """Note an evaluation, if there was anybody to evaluate; whether it is the best so far."""
+    if not evaluation:
+        return False
+    event["evaluation"] = evaluation
+    value = evaluation["validation"]["ndcg10_expected"]
+    better = progress["best"] is None or value > progress["best"]
+    progress |= {"best": value, "flat": 0} if better else {"flat": progress["flat"] + 1}
+    return better
 
 
 # ---- parts that settings name ----------------------------------------------------------------------------------------

@@ -275,6 +275,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) ->
     """Write a safetensors file in one step."""
     new = path.with_suffix(".new")
     save_file({name: t.contiguous().clone() for name, t in tensors.items()}, new, metadata)
+    with new.open("rb+") as file:
+        os.fsync(file.fileno())  # or a power cut may leave the new name on an empty file
     os.replace(new, path)
 
 

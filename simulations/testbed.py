@@ -22,11 +22,14 @@ import polars as pl
 import typer
 from lab import Limits, lab, missing
 
-from fedprune.errors import FedpruneError, FleetError
+from fedprune.config import read
+from fedprune.errors import ConfigError, FedpruneError, FleetError
 from fedprune.flower.keys import write_keys
 from fedprune.flower.staging import Scene, SuperLink, stage
 
 HERE = Path(__file__).parent
+CONFIG = HERE.parent / "configs" / "testbed.toml"
+ROUNDS = 8
 DEVICES = {
     "fast": Limits(cpus=0.8, download=40e6, upload=40e6),
     "good": Limits(cpus=0.4, download=20e6, upload=10e6),
@@ -43,7 +46,7 @@ SETTINGS = {
 
 def main(
     strategies: Annotated[str, typer.Option(help="run one after another, on the same devices")] = "fedavg,adaptcl",
-    rounds: Annotated[int, typer.Option(min=2)] = 8,
+    rounds: Annotated[int, typer.Option(min=2)] = ROUNDS,
     out: Annotated[Path, typer.Option(help="run folders, logs")] = Path("results/testbed"),
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object, and no table is written")] = False,
@@ -52,19 +55,30 @@ def main(
     if lacking := missing():
         print("testbed: cannot run here: " + " ".join(lacking), file=sys.stderr)
         raise typer.Exit(2)
-    changes = SETTINGS | {"rounds": rounds} | dict(change.split("=", 1) for change in set_ or [])
     try:
+        changes = SETTINGS | {"rounds": rounds} | dict(split(change) for change in set_ or [])
         run_all(strategies, changes, out.resolve(), quiet=as_json)
     except FedpruneError as error:
         print(f"testbed: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    result = compared([name.strip() for name in strategies.split(",")], out)
+    settings = read(CONFIG, [f"{key}={value}" for key, value in changes.items()])
+    names = [name.strip() for name in strategies.split(",")]
+    result = compared({name: out / "runs" / settings.only(name).identity() / "seed0" for name in names})
     if as_json:
         print(json.dumps(result))
-    else:
-        text = markdown(result)
+        return
+    text = markdown(result)
+    if (names, rounds, set_) == (["fedavg", "adaptcl"], ROUNDS, None):
         (HERE / "tables" / "testbed.md").write_text(text)
-        print(text)
+    print(text)
+
+
+def split(change: str) -> tuple[str, str]:
+    """`key=value`."""
+    key, equals, value = change.partition("=")
+    if not equals:
+        raise ConfigError(f'--set {change}: write it as key=value, as in "epochs=4"')
+    return key, value
 
 
 def run_all(strategies: str, changes: dict[str, Any], out: Path, quiet: bool) -> None:
@@ -80,7 +94,7 @@ def run_all(strategies: str, changes: dict[str, Any], out: Path, quiet: bool) ->
             )  # fmt: skip
         link.wait_online(len(DEVICES), 120)
         config = {
-            "config": str(HERE.parent / "configs" / "testbed.toml"), "strategies": strategies, "out": str(out / "runs"),
+            "config": str(CONFIG), "strategies": strategies, "out": str(out / "runs"),
             "set": " ".join(f"{key}={value}" for key, value in changes.items()),
         }  # fmt: skip
         followed(scene, link, config, out, quiet)
@@ -106,12 +120,13 @@ def followed(scene: Scene, link: SuperLink, config: dict[str, Any], out: Path, q
         raise FleetError(f"the run failed: {why[-1]}; see {out / 'server.log'}")
 
 
-def compared(strategies: list[str], out: Path) -> dict[str, Any]:
+def compared(folders: dict[str, Path]) -> dict[str, Any]:
     """Measured times and quality of finished runs: of the last three rounds, where the learner has aligned."""
+    strategies = list(folders)
     names, result = list(DEVICES), {"update_seconds": {}, "first_update_seconds": {}, "parts": {}, "sum_of_rounds": {}}
     result |= {"rates": {}, "quality": {}, "spread_before": None, "spread_after": {}}
     for strategy in strategies:
-        (folder,) = (out / "runs").glob(f"{strategy}-*/seed0")
+        folder = folders[strategy]
         events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
         rounds = [event for event in events if event["version"] >= 0]
         ledger = pl.concat([pl.read_parquet(part) for part in sorted((folder / "ledger").glob("*.parquet"))])
@@ -171,9 +186,11 @@ def markdown(result: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for strategy, seconds in result["sum_of_rounds"].items():
-        quality = result["quality"][strategy]
+        quality, speedup = result["quality"][strategy], "–"
+        if "speedup" in result:
+            speedup = f"{result['speedup'][strategy]:.2f}"
         lines.append(
-            f"| {strategy} | {result['spread_after'][strategy]:.2f} | {seconds:.0f} | {result['speedup'][strategy]:.2f} | "
+            f"| {strategy} | {result['spread_after'][strategy]:.2f} | {seconds:.0f} | {speedup} | "
             f"{quality['ndcg10_full']:.4f} | {quality['ndcg10_expected']:.4f} |"
         )
     return "\n".join(lines) + "\n"

@@ -48,7 +48,8 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _performed(action: str, message: Message, context: Context) -> Message:
-    waiting = resident.address() if context.node_config.get("resident", True) else None
+    wanted = context.node_config.get("resident", True) not in (False, "false")
+    waiting = resident.address() if wanted else None
     if waiting is not None:
         return Message(
             resident.hand_over(waiting, action, message.content, context.node_config, since_start()), reply_to=message

@@ -96,12 +96,13 @@ class Crew:
                 )
             self.nodes.pause()
 
-    def settle(self, seconds: Seconds = HELLO_SECONDS) -> None:
-        """Wait until everybody who is online has said who they are, or was refused; no longer than this."""
+    def settle(self, known: set[ClientId], seconds: Seconds = HELLO_SECONDS) -> None:
+        """Wait until clients that took part before have said who they are, and everybody else who is online; no longer."""
         until = self.nodes.clock() + seconds
         while self.nodes.clock() < until:
             self.enrol()
-            if set(self.nodes.connected()) <= {*self._node.values(), *self.refused}:
+            online = set(self.nodes.connected())
+            if online and online <= {*self._node.values(), *self.refused} and known <= set(self._node):
                 return
             self.nodes.pause()
 
@@ -145,7 +146,8 @@ class Crew:
                 raise FleetError(f"says it is client {client}; this run has 0 to {self.clients - 1}")
             if items != self.items:
                 raise FleetError(f"has a catalogue of {items} items, the server's has {self.items}; data must be of one kind")
-            if min(facts.users, facts.interactions) < 1 or facts.flops <= 0 or (facts.slowness or 1.0) < 1:
+            possible = 1 <= facts.users <= facts.interactions <= facts.users * items
+            if not possible or facts.flops <= 0 or (facts.slowness or 1.0) < 1:
                 raise FleetError(f"says what cannot be: {facts}")
             other = self._node.get(client)
             if other is not None and other != node and other in online:

@@ -22,7 +22,7 @@ from fedprune.flower import wire
 from fedprune.flower.compat import wire_bytes
 from fedprune.flower.crew import Crew
 from fedprune.flower.fleet import FlowerFleet
-from fedprune.flower.nodes import Nodes, spoken
+from fedprune.flower.nodes import PATIENCE_SECONDS, Nodes, spoken
 from fedprune.recommenders import Recommender
 from fedprune.record import Snapshot
 from fedprune.strategy import ServerState, Strategy
@@ -40,6 +40,7 @@ def deploy(
     grid: Grid,
     *,
     wait_seconds: Seconds = 300.0,
+    order_seconds: Seconds = PATIENCE_SECONDS,
     watch: Watcher | None = None,
     nodes: Nodes | None = None,
 ) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def deploy(
 
     Args:
         wait_seconds: how long to wait for all devices before the first round.
+        order_seconds: an order that nobody has answered for so long is lost.
 
     Returns:
         The summary (`report.summary.summarise`); its `virtual_seconds` are the wall clock's.
@@ -63,6 +65,7 @@ def deploy(
     if record.finished is not None:
         return record.finished
     deployment = Deployment.of(settings, nodes or Nodes(grid), record.about["name"], catalogue, wait_seconds)
+    deployment.fleet.order_seconds = order_seconds
     return conduct(deployment, record, watch)
 
 
@@ -133,9 +136,9 @@ class Deployment:
 
         Who is online is waited for, or the first round would be that of the first to answer; who is not is not.
         """
-        self.crew.settle()
-        self.fleet.go_on_from(kept.about["clock"])
         self.fleet.full_seconds |= {int(client): seconds for client, seconds in kept.about["full_seconds"].items()}
+        self.crew.settle(set(self.fleet.full_seconds))
+        self.fleet.go_on_from(kept.about["clock"])
 
     def snapshot(self, state: ServerState) -> Snapshot:
         """The clock, and how long everybody's first report took. Private rows are on the devices."""
@@ -159,18 +162,24 @@ class Deployment:
         with self.fleet.stopped():
             if final:
                 self.fleet.wait_until_idle(FINISH_SECONDS)
-            contents = self.questions(state, silent)
+            contents, until = self.questions(state, silent), self.crew.nodes.clock() + FINISH_SECONDS
+            while not contents and self.crew.nodes.clock() < until:  # everybody is at work
+                self.crew.nodes.pause()
+                contents = self.questions(state, silent)
             answers = self.crew.nodes.ask(contents, "evaluate", group=str(state.version), seconds=FINISH_SECONDS)
         said: dict[ClientId, dict[str, float]] = {}
         for node, answer in answers.items():
             client = self.crew.client_of(node)
+            if client is not None and answer.message_id and answer.error.startswith("no answer"):
+                self.fleet.expect(answer.message_id, client)
             try:
                 if client is None or answer.content is None:
                     raise FleetError(answer.error)
                 said[client] = quality_of(answer.content, self.crew.facts[client].users)
             except FleetError as error:
                 log.warning("client %s is not in the evaluation: %s", client, error)
-        return {name: self._averaged(said, name) for name in ("validation", "test")}
+        averaged = {name: self._averaged(said, name) for name in ("validation", "test")}
+        return averaged if all(averaged.values()) else {}
 
     def questions(self, state: ServerState, silent: Sequence[ClientId] = ()) -> dict[int, RecordDict]:
         """What idle clients are asked for an evaluation, by node: each with the submodel it would serve its users with."""
@@ -197,7 +206,8 @@ class Deployment:
         slow = [figures for client, figures in said.items() if seconds.get(client, 0.0) >= limit]
         result = mean_quality(list(said.values()), split)
         if not result:
-            raise FleetError(f"no device could be evaluated on {split}; {len(said)} answered, none has a held-out item")
+            log.warning("no device could be evaluated on %s; %s answered, none has a held-out item", split, len(said))
+            return {}
         return result | {f"{name}_slow": value for name, value in mean_quality(slow, split).items()}
 
     def ask_everybody(self, action: str, content: Callable[[ClientId], RecordDict], what: str) -> dict[ClientId, RecordDict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
@@ -18,14 +19,14 @@ from flwr.app import MetricRecord, RecordDict
 from fedprune import energy
 from fedprune.config import Settings
 from fedprune.data import Split, leave_one_out, load_own
-from fedprune.errors import ConfigError, DataError, FleetError
+from fedprune.errors import ConfigError, DataError, FedpruneError, FleetError
 from fedprune.evaluation import average, quality, rank_held_out
 from fedprune.exchange import Order
 from fedprune.experiment import recommender_of
 from fedprune.fleet.trainer import cut_already, one_by_one
 from fedprune.flower import wire
 from fedprune.flower.store import Store, home, rows_of
-from fedprune.flower.transfers import last_transfers
+from fedprune.flower.transfers import POLLING_SECONDS, last_transfers
 from fedprune.population import Population
 from fedprune.recommenders import Recommender
 from fedprune.serving import cut_scorer, listen
@@ -33,6 +34,7 @@ from fedprune.simulation import clients_of, read_data
 from fedprune.types import IntArray, Seconds
 from fedprune.warmstart import Gathered
 
+log = logging.getLogger(__name__)
 PADDING_BYTES = 131_072
 """Sent along with a device's first answer, so that its upload speed is known before its first report."""
 
@@ -73,7 +75,7 @@ class Device:
         run, text = wire.read_config(content, "run", str), wire.read_config(content, "settings", str)
         if not re.fullmatch(r"[\w-]{1,80}", run):
             raise FleetError(f'run "{run[:80]}" cannot be the name of a folder')
-        own = str(node_config["data"]) if "data" in node_config else None
+        own = str(Path(str(node_config["data"])).expanduser()) if "data" in node_config else None
         store = Store(home(node_config) / run, client)
         if own is not None and (items := wire.read_option(content, "items", str, "")):
             store.note(items=items)
@@ -82,7 +84,9 @@ class Device:
         local = 0 if own else client
         if local >= population.clients:
             raise FleetError(f"partition-id is {client}; this run has clients 0 to {population.clients - 1}")
-        store.load(population, population.users_of[local])
+        users = population.users_of[local]
+        store = replace(store, users=tuple(split.train.user_ids[user] for user in users))
+        store.load(population, users)
         return cls(settings, run, client, node_config, split, recommender, population, local, store)
 
     @property
@@ -100,15 +104,18 @@ class Device:
     def hello(self, content: RecordDict) -> RecordDict:
         """Who this is: how many users and interactions, how fast, and what it draws at rest."""
         facts = self.store.facts()
-        if "flops" not in facts:
-            facts["flops"] = probe()
+        if "probe-flops" not in facts:
+            facts["probe-flops"] = probe()
             if self.meter is not None:
-                facts["watts-idle"] = energy.idle_watts(self.meter)
+                try:
+                    facts["watts-idle"] = energy.idle_watts(self.meter)
+                except ConfigError as error:  # a counter that stands still must not keep the device out
+                    log.warning("power at rest stays unknown: %s", error)
             self.store.note(**facts)
         train = self.split.train
         rows = sum(len(train.items_of(int(user))) for user in self.users)
         answer = wire.write_numbers(self.run, "", arrays={"padding": _noise(PADDING_BYTES)}, client=self.client)
-        figures = {"users": len(self.users), "interactions": rows, "items": train.items, "flops": float(facts["flops"])}
+        figures = {"users": len(self.users), "interactions": rows, "items": train.items, "flops": facts["probe-flops"]}
         if "slowness" in self.node_config:
             figures["slowness"] = _number(self.node_config, "slowness", least=1.0)
         answer["metrics"] = MetricRecord(figures)
@@ -120,6 +127,10 @@ class Device:
         mine = train.part(np.isin(train.user, self.users))
         shape = (train.items,)
         if step == "counts":
+            # A run begins here, also one that was stopped before its first checkpoint: from the initial rows.
+            fresh = self.recommender.initial_private(self.settings.seed)
+            blank = Population(train, self.population.client_of_user, self.recommender.layout, fresh)
+            self.store.keep(rows_of(blank, self.users), blank, self.users, -1)
             crowd = Gathered(mine, 0.0, {})
             return wire.write_numbers(self.run, "", arrays={"counts": crowd.counts()})
         norm, rank = wire.read_config(content, "norm", float), wire.read_config(content, "rank", int)
@@ -165,10 +176,14 @@ class Device:
         (order,) = wire.read_orders(content, self.recommender.layout).orders
         steps = wire.read_option(content, "listen", int, 0)
         if steps and order.submodel.widths == self.recommender.layout.full:
+            ears = replace(self.store, kind="listening")
+            ears.load(self.population, self.users)
+            before = rows_of(self.population, self.users)
             listen(
                 self.recommender, self.population, order.model, [self.local], order.objective, steps=steps, seed=order.seed,
                 version=order.version,
             )  # fmt: skip
+            ears.keep(before, self.population, self.users, -1)
         score = cut_scorer(self.recommender, order.model, order.submodel, self.population.private.values)
         figures: dict[str, Any] = {}
         for name, seen, held_out in (
@@ -200,7 +215,8 @@ class Device:
         if until is None or "flops" not in facts:
             return 1.0
         network = sum(transfer.seconds for transfer in last_transfers().values())
-        return float(np.clip((until - elapsed - network) * facts["flops"] / flops, 0.05, 1.0))
+        left = until - elapsed - network - POLLING_SECONDS  # or whoever needs the limit would always be too late
+        return float(np.clip(left * facts["flops"] / flops, 0.05, 1.0))
 
     def _measured(self, spans: energy.Spans, starting: Seconds) -> dict[str, Any]:
         """Seconds and raw joules by part, as far as this device can tell."""
@@ -208,13 +224,13 @@ class Device:
         figures: dict[str, Any] = {
             "seconds-loading": loading.seconds + starting, "seconds-training": training.seconds, "seconds-teacher": 0.0,
         }  # fmt: skip
-        if loading.joules is not None and training.joules is not None:
-            # Before this program could read the meter it drew, we assume, what it drew while loading the rest.
-            share = (loading.seconds + starting) / max(loading.seconds, 1e-9)
-            figures |= {"joules-loading": loading.joules * share, "joules-training": training.joules, "joules-teacher": 0.0}
         known = dict(self.store.facts()) | dict(self.node_config)
         if "watts-idle" in known:
             figures["watts-idle"] = _number(known, "watts-idle", least=0.0)
+        if loading.joules is not None and training.joules is not None:
+            # Before this program could read the meter, the device drew at least what it draws at rest.
+            unseen = starting * figures.get("watts-idle", 0.0)
+            figures |= {"joules-loading": loading.joules + unseen, "joules-training": training.joules, "joules-teacher": 0.0}
         moved = last_transfers()
         if "download" in moved:
             figures["seconds-download"] = moved["download"].seconds
@@ -231,10 +247,22 @@ def perform(action: str, content: RecordDict, node_config: Mapping[str, Any], st
         starting: seconds that the process took to get here.
     """
     torch.set_num_threads(1)  # the tensors are small, and sums keep their order
-    device = Device.of(content, node_config)
-    if action == "train":
-        return device.train(content, starting)
-    return {"hello": device.hello, "warm_start": device.warm_start, "evaluate": device.evaluate}[action](content)
+    began = time.perf_counter()
+    download = last_transfers().get("download")
+    if download is not None:
+        # The process may have been started while its order was still coming: that time is the download's.
+        starting -= min(starting, max(0.0, download.began + download.seconds - (time.time() - starting)))
+    try:
+        device = Device.of(content, node_config)
+        if action == "train":
+            return device.train(content, starting + time.perf_counter() - began)
+        return {"hello": device.hello, "warm_start": device.warm_start, "evaluate": device.evaluate}[action](content)
+    except FedpruneError:
+        raise
+    except Exception as error:
+        # Words of other errors may quote a user's data, and errors are sent to the server.
+        log.exception("%s failed", action)
+        raise FleetError(f"{type(error).__name__}; the device's log says more") from None
 
 
 @lru_cache(maxsize=4)

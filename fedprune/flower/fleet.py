@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,10 @@ from fedprune.flower import wire
 from fedprune.flower.compat import wire_bytes
 from fedprune.flower.crew import Crew
 from fedprune.flower.nodes import PATIENCE_SECONDS, Answer
+from fedprune.flower.transfers import POLLING_SECONDS
 from fedprune.types import ClientId, Seconds, Ticket
 
-POLLING_SECONDS = 6.0
-"""What Flower's own waiting can add to an exchange: a SuperNode asks for work every 3 s and for replies every 0.5 s, its
-executor looks for a task every second, transfers are retried after one. What an exchange takes beyond that is the network's."""
+log = logging.getLogger(__name__)
 SLACK_SECONDS = 5.0
 """By so much a device's clock may disagree with ours before we disbelieve it."""
 
@@ -123,6 +123,7 @@ class FlowerFleet:
 
     def idle(self) -> Roster:
         """Clients whose node is online and not at work. Waits for one, if nobody is there and nothing is on its way."""
+        told = self.crew.nodes.clock()
         while True:
             self.crew.enrol()
             self._listen()
@@ -130,6 +131,9 @@ class FlowerFleet:
             there = [client for client in self.crew.present() if client not in busy]
             if there or any(job.wanted for job in self._jobs.values()) or self._arrived:
                 return Roster(np.array(there, np.int64), self.crew.clients, self.crew.slowness())
+            if self.crew.nodes.clock() - told > 60:
+                told = self.crew.nodes.clock()
+                log.warning("nobody can be asked: %s of %s clients are online", len(self.crew.present()), self.crew.clients)
             self.crew.nodes.pause()
 
     def send(self, orders: Sequence[Order]) -> None:
@@ -221,6 +225,10 @@ class FlowerFleet:
         self.full_seconds.setdefault(order.client, cost.seconds.total / max(1e-9, self._share(order)))
         return Report(order, stack.updates, 0, stack.examples[0], stack.losses[0], cost, arrived, stack.work[0])
 
+    def expect(self, message_id: str, client: ClientId) -> None:
+        """A client owes an answer that nobody waits for any longer; it is busy until then."""
+        self._pings[message_id] = client
+
     def go_on_from(self, now: Seconds) -> None:
         """Set the clock, after a restart."""
         self.began = self.crew.nodes.clock() - now
@@ -261,19 +269,13 @@ class FlowerFleet:
                 self._lose(job, "too late", answer.error)
             elif job.wanted:
                 self._arrived.append(self.report(job, answer))
-            if (
-                (expired or not job.wanted)
-                and answer.content is None
-                and (node := self.crew.node_of(job.order.client)) is not None
-            ):
-                # Thrown away unread: the device may still be at it. It answers this when it is done.
-                (ping,) = nodes.push([(node, self.crew.greeting())], "query.hello", seconds=self.order_seconds)
-                if ping is not None:
-                    self._pings[ping] = job.order.client
+            if (expired or not job.wanted) and answer.content is None:
+                self._ping(job.order.client)
         for identifier, job in list(self._jobs.items()):
             patience = self.order_seconds if job.order.expires is None else job.order.expires + self.order_seconds
             if self._passed(job) > patience:
                 del self._jobs[identifier]
+                self._ping(job.order.client)
                 if job.wanted:
                     self._lose(job, "failed", f"no answer within {patience:g} s")
 
@@ -284,6 +286,14 @@ class FlowerFleet:
             raise FleetError(f'field "examples" is {stack.examples[0]}; this client has at most {most}')
         if stack.losses[0] > 1e6:
             raise FleetError(f'field "losses" is {stack.losses[0]:.3g}, which is not credible')
+
+    def _ping(self, client: ClientId) -> None:
+        """Its message was thrown away unread, and the device may still be at it: it answers this when it is done."""
+        node = self.crew.node_of(client)
+        if node is not None:
+            (ping,) = self.crew.nodes.push([(node, self.crew.greeting())], "query.hello", seconds=self.order_seconds)
+            if ping is not None:
+                self._pings[ping] = client
 
     def _share(self, order: Order) -> float:
         """Of the full model's FLOPs."""
@@ -312,7 +322,7 @@ class FlowerFleet:
                 download = max(0.0, network - upload)
         # Time that a device does not own up to is its own all the same: silence must not make it look fast.
         known_to_us = 0.0 if arrived is None else arrived - job.sent
-        seconds["loading"] += max(0.0, known_to_us - own - download - upload - POLLING_SECONDS)
+        upload += max(0.0, known_to_us - own - download - upload - POLLING_SECONDS)
         joules = None
         if "joules-training" in figures:
             known = {part: _measure(figures, f"joules-{part}") for part in ("loading", "training", "teacher")}

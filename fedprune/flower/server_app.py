@@ -3,10 +3,10 @@
     flwr run . local --run-config 'config="configs/silos.toml" strategies="fedavg,adaptcl" set="rounds=20"'
 
 `config` is a settings file, in the app or anywhere on the server; `set` changes settings, separated by spaces (quoted as in a
-shell); `strategies` names those to run one after another (none: the file's `strategy`); `out` is where run folders go; `clock` is
-"virtual" (device table; what a simulation does by default), "wall" (measured; what a deployment does), or "auto";
-`wait-seconds` is how long a deployment waits for its devices. A run that was stopped goes on if it is started again with the
-same run-config.
+shell); `strategies` names those to run one after another (none: the file's `strategy`); `out` is where run folders go;
+`clock` is "virtual" (device table; what a simulation does by default), "wall" (measured; what a deployment does), or "auto";
+`wait-seconds` is how long a deployment waits for its devices, `order-seconds` how long for an answer to an order. A run that
+was stopped goes on if it is started again with the same run-config.
 """
 
 from __future__ import annotations
@@ -60,16 +60,23 @@ def run_all(grid: Grid, config: UserConfig) -> None:
     for name in names:
         settings.only(name)  # refused before anything has run
     for name in names:
-        summary = one(grid, settings.only(name), out, virtual, float(str(config["wait-seconds"])))
+        summary = one(grid, settings.only(name), out, virtual, _seconds(config, "wait"), _seconds(config, "order"))
         print(f"fedprune: {name}: {json.dumps(summary)}", flush=True)
 
 
-def one(grid: Grid, settings: Settings, out: Path, virtual: bool, wait_seconds: float) -> dict[str, Any]:
+def one(grid: Grid, settings: Settings, out: Path, virtual: bool, wait: float, order: float) -> dict[str, Any]:
     """Run one strategy."""
     watch: Callable[[dict[str, Any]], None] = lambda event: print(f"{settings.strategy}: {say(event)}", flush=True)  # noqa: E731
     if virtual:
         return run(settings, out, watch=watch, trainer=OnNodes(Nodes(grid), settings))
-    return deploy(settings, out, grid, wait_seconds=wait_seconds, watch=watch)
+    return deploy(settings, out, grid, wait_seconds=wait, order_seconds=order, watch=watch)
+
+
+def _seconds(config: UserConfig, name: str) -> float:
+    value = config[f"{name}-seconds"]
+    if not isinstance(value, int | float) or not value > 0:
+        raise ConfigError(f"{name}-seconds is {value!r}; it must be a number above 0")
+    return float(value)
 
 
 def _speak_up() -> None:

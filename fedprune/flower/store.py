@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -36,15 +37,19 @@ class Store:
     """One client's files of one run.
 
     Args:
-        folder: of the run; created when something is kept.
+        folder: of the run; created when something is kept, for its owner's eyes only.
+        users: ids of those whose rows these are, in the population's order. Rows are found again by them.
+        kind: "" for the rows that are trained; "listening" for those that only listen (`serving.listen`).
     """
 
     folder: Path
     client: int
+    users: tuple[str, ...] = ()
+    kind: str = ""
 
     @property
     def _rows(self) -> Path:
-        return self.folder / f"client{self.client}.safetensors"
+        return self.folder / f"client{self.client}{self.kind}.safetensors"
 
     @property
     def _facts(self) -> Path:
@@ -59,17 +64,22 @@ class Store:
         if not self._rows.exists():
             return
         with safe_open(self._rows, "pt") as file:
-            last = int(file.metadata()["ticket"])
+            last, ids = int(file.metadata()["ticket"]), json.loads(file.metadata()["users"])
             which = "before" if ticket == last else "after"
             names = [name for name in file.keys() if name.startswith(which)]  # noqa: SIM118 - not a dict
-            _put(population, users, {name.removeprefix(which + "."): file.get_tensor(name) for name in names})
+            rows = {name.removeprefix(which + "."): file.get_tensor(name) for name in names}
+        place = {user: number for number, user in enumerate(ids)}
+        pairs = [(own, place[user]) for own, user in zip(users.tolist(), self.users, strict=True) if user in place]
+        if pairs:  # a user who is new keeps the initial rows
+            own, kept = (list(numbers) for numbers in zip(*pairs, strict=True))
+            _put(population, np.array(own), {name: tensor[kept] for name, tensor in rows.items()})
 
     def keep(self, before: Tensors, population: Population, users: IntArray, ticket: Ticket) -> None:
         """Write the rows as they are now, and as they were `before` this ticket, in one step."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         tensors = {f"before.{name}": tensor for name, tensor in before.items()}
         tensors |= {f"after.{name}": tensor for name, tensor in rows_of(population, users).items()}
-        save(self._rows, tensors, {"ticket": str(ticket)})
+        save(self._rows, tensors, {"ticket": str(ticket), "users": json.dumps(self.users)})
 
     def facts(self) -> dict[str, Any]:
         """What else is known: the catalogue, the device's speed, its idle power."""
@@ -77,7 +87,7 @@ class Store:
 
     def note(self, **facts: Any) -> None:
         """Add to the facts."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         write(self._facts, json.dumps(self.facts() | facts))
 
 

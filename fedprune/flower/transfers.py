@@ -11,6 +11,9 @@ from typing import Literal
 
 VARIABLE = "FEDPRUNE_TRANSFERS"
 """Environment variable with the file's path, inherited by the client's processes."""
+POLLING_SECONDS = 6.0
+"""What Flower's own waiting can add to an exchange: a SuperNode asks for work every 3 s and for replies every 0.5 s, its
+executor looks for a task every second, transfers are retried after one."""
 TELLING_BYTES = 65_536
 """A shorter upload is mostly latency, and says little of how fast a long one would be."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedprune.errors import RecordError
 from fedprune.exchange import PARTS
 
 QUALITY = ("hr10_full", "ndcg10_full", "hr10_expected", "ndcg10_expected")
@@ -23,6 +24,8 @@ def summarise(
     """
     rounds = [event for event in events if event["version"] >= 0]
     evaluated = [event for event in events if "evaluation" in event]
+    if not evaluated:
+        raise RecordError("the run was never evaluated: no device could be asked; start it again when some are there")
     best = max(evaluated, key=lambda e: e["evaluation"]["validation"]["ndcg10_expected"])
     test = best["evaluation"]["test"]
     target = settings.get("target")
