@@ -226,7 +226,10 @@ def test_a_measured_direction_leaves_the_rest_to_the_other():
     told = cost(37.0, **{"upload-bytes-per-second": told.bytes_up / 25.0})
     assert (told.seconds.download, told.seconds.upload) == (near(5.0), pytest.approx(25.0, rel=0.05))
     told = cost(37.0, **{"seconds-download": 2.0, "upload-bytes-per-second": told.bytes_up / 3.0})
-    assert (told.seconds.download, told.seconds.upload) == (2.0, pytest.approx(3.0, rel=0.05))
+    # 3 s by its own account; of the 37 s, 6 may be polling, and for the rest nobody but the device can answer.
+    assert (told.seconds.download, told.seconds.upload) == (2.0, pytest.approx(28.0, rel=0.05))
+    told = cost(37.0, **{"seconds-download": 10.0, "upload-bytes-per-second": told.bytes_up / 6.0})
+    assert told.seconds.upload == pytest.approx(6.0, rel=0.05), "it explains more than half; the rest may be others' uploads"
 
 
 def test_no_part_is_longer_than_the_whole():
