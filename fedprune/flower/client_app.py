@@ -51,9 +51,11 @@ def _performed(action: str, message: Message, context: Context) -> Message:
     wanted = context.node_config.get("resident", True) not in (False, "false")
     waiting = resident.address() if wanted else None
     if waiting is not None:
-        return Message(
-            resident.hand_over(waiting, action, message.content, context.node_config, since_start()), reply_to=message
-        )
+        try:
+            content = resident.hand_over(waiting, action, message.content, context.node_config, since_start())
+            return Message(content, reply_to=message)
+        except resident.Away:
+            pass  # nothing has begun there, so it can be done here
     from fedprune.flower.device import perform
 
     return Message(perform(action, message.content, context.node_config, since_start()), reply_to=message)

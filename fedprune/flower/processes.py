@@ -74,10 +74,11 @@ class Staged:
         return marked(self.environment[MARK])
 
     def stop(self, seconds: float = STOP_SECONDS) -> None:
-        """SIGTERM and a time limit, then SIGKILL for whatever of the tree is left."""
+        """SIGTERM and a time limit, then SIGKILL for whatever of the tree is left a moment later."""
         if self._process is not None and self.running:
             send_signal(self._process.pid, signal.SIGTERM, self.environment[MARK])
-        if not until(lambda: not self.running and not self.processes(), seconds):
+        until(lambda: not self.running, seconds)
+        if not until(lambda: not self.processes(), min(2.0, seconds)):  # they may be trying to reach what is gone
             self.kill()
 
     def kill(self) -> list[int]:

@@ -28,6 +28,10 @@ VARIABLE = "FEDPRUNE_RESIDENT"
 log = logging.getLogger(__name__)
 
 
+class Away(Exception):
+    """Nobody listens at the socket: the process has just died, and is about to be started again."""
+
+
 def address() -> Path | None:
     """Where the resident process listens; None if there is none, or it is just being started again."""
     path = os.environ.get(VARIABLE)
@@ -38,13 +42,18 @@ def hand_over(to: Path, action: str, content: RecordDict, node_config: Mapping[s
     """Let the resident process do it.
 
     Raises:
+        Away: it is not there (any more); nothing has begun.
         FleetError: what went wrong there, or that the process died over it.
     """
     try:
-        with Client(str(to), "AF_UNIX") as connection:
+        connected = Client(str(to), "AF_UNIX")
+    except (ConnectionRefusedError, FileNotFoundError) as error:
+        raise Away(str(error)) from None
+    try:
+        with connected as connection:
             connection.send((action, content, dict(node_config), starting))
             answer, failure = connection.recv()
-    except (EOFError, ConnectionError, FileNotFoundError) as error:
+    except (EOFError, ConnectionError) as error:
         raise FleetError(f"the resident process died while it worked on this ({type(error).__name__})") from None
     if failure is not None:
         raise FleetError(failure)

@@ -256,14 +256,16 @@ class Scene:
         prefix: Sequence[str] = (),
         environment: Mapping[str, str] = NONE,
         script: str = "flower-supernode",
+        insecure: bool = False,
     ) -> SuperNode:
         """A SuperNode that has been started; `link.wait_online` or its `wait_connected` tells when it is in.
 
         `config` becomes its clients' `Context.node_config`; `key` is a device's private key, where the SuperLink
-        authenticates; `ca` is the certificate by which it knows the SuperLink, the right one by default.
+        authenticates; `ca` is the certificate by which it knows the SuperLink, the right one by default and none if
+        `insecure`.
         """
         folder = self.folder / name
-        ca = ca or (link.keys.ca if link.keys else None)
+        ca = None if insecure else ca or (link.keys.ca if link.keys else None)
         command = [*prefix, str(SCRIPTS / script), "--superlink", link.address]
         command += ["--host", "127.0.0.1", "--port", str(free_port())]
         command += ["--insecure"] if ca is None else ["--root-certificates", str(ca)]

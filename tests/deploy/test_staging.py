@@ -223,6 +223,7 @@ def test_only_registered_devices_that_know_the_server_take_part(tmp_path, app):
         link, _ = deployment(scene, keys, "a", "b")
         stranger = scene.supernode(link, "stranger", {"name": "stranger"}, key=keys.private("stranger"))
         misled = scene.supernode(link, "misled", {"name": "misled"}, key=keys.private("stranger"), ca=elsewhere.ca)
+        bare = scene.supernode(link, "bare", {"name": "bare"}, insecure=True)  # no certificate at all
         run = link.run(app, {"nodes": 2, "rounds": 2})
         assert stranger.wait(30) != 0
         assert "Failed to activate SuperNode" in stranger.printed()
@@ -232,6 +233,7 @@ def test_only_registered_devices_that_know_the_server_take_part(tmp_path, app):
             stranger.wait_connected()
         assert run.wait(40) == 0
         assert echoes(run) == ["0 a", "0 b", "1 a", "1 b"]
+        assert "SuperNode ID" not in bare.printed(), "it keeps trying, and is not let in"
         assert [node["status"] for node in link.nodes()] == ["online", "online"]
     assert nothing_left(scene)
 

@@ -48,9 +48,14 @@ def test_it_works_message_after_message_and_says_what_goes_wrong(tmp_path: Path)
             assert wire.read_config(answer, "client", int) == 1
         with pytest.raises(FleetError, match="partition-id is 7"):
             resident.hand_over(path, "hello", wire.write_numbers("run", text), config | {"partition-id": 7}, 0.0)
+        with pytest.raises(resident.Away):
+            resident.hand_over(tmp_path / "nobody", "hello", wire.write_numbers("run", text), config, 0.0)
         started.send_signal(signal.SIGSTOP)
         threading.Timer(0.5, started.kill).start()
         with pytest.raises(FleetError, match="died"):
+            resident.hand_over(path, "hello", wire.write_numbers("run", text), config, 0.0)
+        started.wait()
+        with pytest.raises(resident.Away):  # its socket is still there
             resident.hand_over(path, "hello", wire.write_numbers("run", text), config, 0.0)
 
 
