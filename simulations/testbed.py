@@ -124,7 +124,7 @@ def compared(folders: dict[str, Path]) -> dict[str, Any]:
     """Measured times and quality of finished runs: of the last three rounds, where the learner has aligned."""
     strategies = list(folders)
     names, result = list(DEVICES), {"update_seconds": {}, "first_update_seconds": {}, "parts": {}, "sum_of_rounds": {}}
-    result |= {"rates": {}, "quality": {}, "spread_before": None, "spread_after": {}}
+    result |= {"rates": {}, "quality": {}, "spread_before": None, "spread_after": {}, "furthest_from_fastest": {}}
     for strategy in strategies:
         folder = folders[strategy]
         events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
@@ -149,6 +149,8 @@ def compared(folders: dict[str, Path]) -> dict[str, Any]:
         result["sum_of_rounds"][strategy] = sum(event["ended"] - event["began"] for event in rounds)
         seconds = list(result["update_seconds"][strategy].values())
         result["spread_after"][strategy] = max(seconds) / min(seconds)
+        fast = seconds[0]  # the fastest device, which keeps the whole model and sets the target
+        result["furthest_from_fastest"][strategy] = max(abs(own / fast - 1) for own in seconds)
         summary = json.loads((folder / "summary.json").read_text())
         result["quality"][strategy] = {
             key: summary[key] for key in ("ndcg10_full", "ndcg10_expected", "hr10_full", "best_round")
@@ -190,7 +192,7 @@ def markdown(result: dict[str, Any]) -> str:
         if "speedup" in result:
             speedup = f"{result['speedup'][strategy]:.2f}"
         lines.append(
-            f"| {strategy} | {result['spread_after'][strategy]:.2f} | {seconds:.0f} | {speedup} | "
+            f"| {strategy} | {result['spread_after'][strategy]:.2f} | {result['furthest_from_fastest'][strategy]:.0%} | {seconds:.0f} | {speedup} | "
             f"{quality['ndcg10_full']:.4f} | {quality['ndcg10_expected']:.4f} |"
         )
     return "\n".join(lines) + "\n"
