@@ -184,15 +184,16 @@ def markdown(result: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        "| strategy | slowest / fastest update | sum of rounds, s | speed-up | NDCG@10 | NDCG@10 1+99 |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| strategy | slowest / fastest update | furthest from the fastest device | sum of rounds, s | speed-up | NDCG@10 | 1+99 |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for strategy, seconds in result["sum_of_rounds"].items():
         quality, speedup = result["quality"][strategy], "–"
         if "speedup" in result:
             speedup = f"{result['speedup'][strategy]:.2f}"
+        spread, away = result["spread_after"][strategy], result["furthest_from_fastest"][strategy]
         lines.append(
-            f"| {strategy} | {result['spread_after'][strategy]:.2f} | {result['furthest_from_fastest'][strategy]:.0%} | {seconds:.0f} | {speedup} | "
+            f"| {strategy} | {spread:.2f} | {away:.0%} | {seconds:.0f} | {speedup} | "
             f"{quality['ndcg10_full']:.4f} | {quality['ndcg10_expected']:.4f} |"
         )
     return "\n".join(lines) + "\n"
