@@ -184,7 +184,7 @@ def markdown(result: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        "| strategy | slowest / fastest update | furthest from the fastest device | sum of rounds, s | speed-up | NDCG@10 | 1+99 |",
+        "| strategy | slowest / fastest update | from the fastest device | sum of rounds, s | speed-up | NDCG@10 | 1+99 |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for strategy, seconds in result["sum_of_rounds"].items():
