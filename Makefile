@@ -29,7 +29,7 @@ test: check
 	$(BIN)/python -m pytest
 
 test-deploy: $(VENV)/.test
-	$(BIN)/python -m pytest -m "deploy or ray" -o faulthandler_timeout=400 -n 3 --dist worksteal tests/deploy tests/ray
+	$(BIN)/python -m pytest -m "deploy or ray" -o faulthandler_timeout=400 -n 2 --dist worksteal tests/deploy tests/ray
 
 clean:
 	rm -rf $(VENV) results runs

@@ -32,6 +32,11 @@ from fedprune.flower.shard import OnNodes
 from fedprune.simulation import run
 
 app = ServerApp()
+DEFAULTS: UserConfig = {
+    "config": "configs/silos.toml", "set": "", "strategies": "", "out": "runs", "clock": "auto", "wait-seconds": 300.0,
+    "order-seconds": 3600.0,
+}  # fmt: skip
+"""For apps of one's own that use this ServerApp: they declare the keys that their users may change."""
 
 
 @app.main()
@@ -47,6 +52,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def run_all(grid: Grid, config: UserConfig) -> None:
     """All strategies that the run-config names, one after another."""
+    config = DEFAULTS | config
     clock = str(config["clock"])
     if clock not in ("auto", "virtual", "wall"):
         raise ConfigError(unknown("clock", clock, ("auto", "virtual", "wall")))
