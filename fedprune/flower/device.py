@@ -259,6 +259,9 @@ def perform(action: str, content: RecordDict, node_config: Mapping[str, Any], st
         return {"hello": device.hello, "warm_start": device.warm_start, "evaluate": device.evaluate}[action](content)
     except FedpruneError:
         raise
+    except OSError as error:  # a disk that is full or not ours; its words name a file, and no data
+        log.exception("%s failed", action)
+        raise FleetError(f"{type(error).__name__}: {error}") from None
     except Exception as error:
         # Words of other errors may quote a user's data, and errors are sent to the server.
         log.exception("%s failed", action)

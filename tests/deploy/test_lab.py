@@ -91,7 +91,7 @@ for child in [subprocess.Popen([sys.executable, "-c", sys.argv[1]]) for _ in "ab
     with lab({"slow": Limits(cpus=0.2)}) as place, script(place.devices["slow"], two, BUSY) as both:
         shares = [float(line) for line in both.communicate(timeout=30)[0].split()]
     assert len(shares) == 2
-    assert sum(shares) < 0.35
+    assert sum(shares) < 0.5  # 0.2 if they run at the same time, 0.4 if one after the other, 2 without a quota
 
 
 def test_uploads_and_downloads_have_their_own_rates():
