@@ -321,7 +321,7 @@ class Apart:
 
 def say(event: dict[str, Any]) -> str:
     """A round in one line, for whoever watches."""
-    words = f"round {event['version'] + 1}: {event['ended']:.1f} s, {event['reports']} of {event['asked']} reports"
+    words = f"round {event['version'] + 1}: {event['ended']:.1f} s, {event['asked']} asked, {event['reports']} reports"
     if event.get("fastest_update") is not None:
         words += f", updates took {event['fastest_update']:.1f} to {event['slowest_update']:.1f} s"
     if "evaluation" in event:
