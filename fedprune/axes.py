@@ -109,6 +109,11 @@ class Layout:
         """Axes that a submodel may hold fewer units of."""
         return {name: axis for name, axis in self.axes.items() if axis.prunable}
 
+    @cached_property
+    def items(self) -> int:
+        """Rows of the touched tensors: the size of the catalogue; 0 without any."""
+        return next((axis.size for axis in self.axes.values() if axis.touched), 0)
+
     # ---- widths and shapes -------------------------------------------------------------------------------------------
 
     @cached_property

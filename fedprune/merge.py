@@ -145,7 +145,6 @@ def _add_stack(sums: Tensors, covered: Tensors, layout: Layout, updates: Updates
     submodels = [updates.submodels[place] for place in places]
     same = len({s.key for s in submodels}) == 1
     agreed = submodels[:1] if same else submodels
-    items = next((layout.axes[a].size for a in layout.axes if layout.axes[a].touched), 0)
     rows, present = (updates.rows, updates.present) if whole else (updates.rows[clients], updates.present[clients])
     for name, stacked in updates.tensors.items():
         delta, weight = stacked if whole else stacked[clients], weights[name]
@@ -153,9 +152,9 @@ def _add_stack(sums: Tensors, covered: Tensors, layout: Layout, updates: Updates
         if not touched:  # one line of weights stands for all clients that agree on what they train
             by_row = weight.sum(0, keepdim=True)[None] if same else weight[:, None]
         elif same:
-            by_row = torch.zeros(items).index_add_(0, rows.flatten(), (present * weight[:, None]).flatten())[None]
+            by_row = torch.zeros(layout.items).index_add_(0, rows.flatten(), (present * weight[:, None]).flatten())[None]
         else:
-            by_row = torch.zeros(len(places), items).scatter_add_(1, rows, present * weight[:, None])
+            by_row = torch.zeros(len(places), layout.items).scatter_add_(1, rows, present * weight[:, None])
         dimensions = layout.tensors[name][1 if touched else 0 :]
         # Who trained what, `[clients or 1, extent]` per dimension.
         factors = [torch.stack([mask(layout, d, s.trained) for s in agreed]) for d in dimensions]

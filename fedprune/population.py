@@ -22,6 +22,10 @@ STACK = 24_576
 """Padded examples per stack of clients: large enough to keep the machine busy, small enough to stay near its caches."""
 
 
+MOMENTS = ("values", "first", "second")
+"""What is kept of a private row from order to order, beside its steps."""
+
+
 @dataclass(frozen=True)
 class Examples:
     """What a stack of clients trains on in one order.
@@ -99,9 +103,8 @@ class Population:
     def copy(self) -> Population:
         """The same data with private rows of its own."""
         other = copy.copy(self)
-        p = self.private
-        parts = [{n: t.clone() for n, t in part.items()} for part in (p.values, p.first, p.second)]
-        other.private = Private(parts[0], parts[1], parts[2], p.steps.clone())
+        kept = {moment: {n: t.clone() for n, t in getattr(self.private, moment).items()} for moment in MOMENTS}
+        other.private = Private(**kept, steps=self.private.steps.clone())
         return other
 
     @property

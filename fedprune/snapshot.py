@@ -10,7 +10,7 @@ import torch
 from fedprune.exchange import Cost, Order, Split
 from fedprune.fleet import VirtualFleet
 from fedprune.fleet.virtual import Job
-from fedprune.population import Population
+from fedprune.population import MOMENTS, Population
 from fedprune.record import Snapshot
 from fedprune.strategy import ServerState, Strategy
 from fedprune.submodel import Submodel
@@ -22,7 +22,7 @@ def snapshot(state: ServerState, fleet: VirtualFleet, listeners: Population) -> 
     clock, jobs = fleet.snapshot()
     tensors: Tensors = {}
     for whose, population in (("private", fleet.population), ("listeners", listeners)):
-        for part in ("values", "first", "second"):
+        for part in MOMENTS:
             tensors |= {f"{whose}.{part}/{n}": t for n, t in getattr(population.private, part).items()}
         tensors[f"{whose}.steps"] = population.private.steps
     submodels: dict[bytes, int] = {}
@@ -45,7 +45,7 @@ def restore(kept: Snapshot, state: ServerState, fleet: VirtualFleet, listeners: 
         return {name[len(prefix) + 1 :]: t for name, t in kept.tensors.items() if name.startswith(prefix + "/")}
 
     for whose, population in (("private", fleet.population), ("listeners", listeners)):
-        for part in ("values", "first", "second"):
+        for part in MOMENTS:
             getattr(population.private, part).update(group(f"{whose}.{part}"))
         population.private.steps.copy_(kept.tensors[f"{whose}.steps"])
     models = {state.version: state.model}
