@@ -1,22 +1,27 @@
-"""The command line: run, compare, report, list, keys."""
+"""The command line: run, compare, report, compress, export, list, keys."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fedprune import comparison, recommenders
+from fedprune import compress as compressing
 from fedprune.catalog import CATALOG
 from fedprune.config import read
 from fedprune.data import datasets
 from fedprune.devices import CLASSES, DEVICES
 from fedprune.errors import ConfigError, FedpruneError, unknown
+from fedprune.export import export as export_run
+from fedprune.record import RunRecord
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -66,6 +71,65 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="what --ou
     with _refusals():
         result = comparison.report(folder, quiet=as_json)
         _say({"runs": result.runs, "baselines": result.baselines}, as_json)
+
+
+@app.command()
+def compress(
+    source: Annotated[Path | None, typer.Argument(metavar="[RUN|TOML]", help="a run to compress, or settings")] = None,
+    method: Annotated[str, typer.Option(help="sp-sad, lth-sad, ss-sad, or magnitude")] = "sp-sad",
+    keep: Annotated[float, typer.Option(help="share of the parameters that is left")] = 0.33,
+    data: Annotated[str | None, typer.Option(help="a known data set, or a file; default: the source's, or ml-100k")] = None,
+    rounds: Annotated[int, typer.Option(min=4, help="of the dense model's and of the student's last training")] = 40,
+    set_: Changes = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where models are kept")] = Path("compressed"),
+    as_json: AsJson = False,
+) -> None:
+    """Prune a recommender on this machine, taught by its dense self; start it again and it goes on where it stopped."""
+    with _refusals():
+        run = source if source is not None and source.is_dir() else None
+        changes = [*([f"data={data}"] if data else []), *(set_ or [])]
+        if run is None:
+            settings = read(source, changes, compressing.DEFAULTS)
+        else:
+            settings = read(None, changes, RunRecord(run).settings())
+        console = Console(stderr=True)
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
+            console=console, disable=as_json and not console.is_terminal,
+        ) as progress:  # fmt: skip
+            tasks: dict[str, TaskID] = {}
+
+            def watch(name: str, number: int, of: int) -> None:
+                if name not in tasks or number == 1:
+                    tasks[name] = progress.add_task(name, total=of)
+                progress.update(tasks[name], completed=number)
+
+            recipe = compressing.Recipe(rounds=rounds)
+            result = compressing.compress(settings, method, keep, out, run=run, recipe=recipe, watch=watch)
+        _say(result, as_json)
+        if not as_json:
+            _beside({"dense": result["dense"], method: result["pruned"]})
+            print(f"Written: {result['file']}")
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, with run.json and model.safetensors")],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="where compact.safetensors and export.json go")],
+    width: Annotated[
+        float, typer.Option("--width", metavar="RATE", help="the rate whose submodel it is; 1: the largest")
+    ] = 1.0,
+    client: Annotated[int | None, typer.Option(help="whose masks, where every client has its own")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="compact.onnx too; needs the extra onnx")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """A run's best model without what widths and masks take away; says what it and the dense one cost."""
+    with _refusals():
+        result = export_run(run_folder, out, width=width, client=client, with_onnx=onnx)
+        _say(result, as_json)
+        if not as_json:
+            _beside({"dense": result["dense"], "exported": result["exported"]})
+            print(f"Written: {', '.join(result['files'])}")
 
 
 @app.command(name="list")
@@ -162,3 +226,26 @@ class _refusals:
 
 if __name__ == "__main__":
     app()
+
+
+def _beside(models: Mapping[str, Mapping[str, Any]]) -> None:
+    """What models cost and are worth, side by side; what none of them has is left out."""
+    table = Table("", *models, box=None)
+    for name, key, text in (
+        ("parameters", "parameters", ",.0f"),
+        ("bytes on disk", "file_bytes", ",.0f"),
+        ("FLOPs per recommendation, zeros skipped", "flops", ",.0f"),
+        ("ms per 1,000 recommendations", "latency_ms", ",.1f"),
+        ("kernel", "kernel", ""),
+        ("J per 1,000 recommendations", "joules", ",.3f"),
+        ("joules are", "joules_source", ""),
+        ("NDCG@10, full ranking", "ndcg10_full", ".4f"),
+        ("HR@10, full ranking", "hr10_full", ".4f"),
+        ("NDCG@10, expected 1+99", "ndcg10_expected", ".4f"),
+        ("MSE of ratings", "mse", ".4f"),
+        ("MAE of ratings", "mae", ".4f"),
+    ):
+        values = [model.get(key) for model in models.values()]
+        if all(value is not None for value in values):
+            table.add_row(name, *(format(value, text) for value in values))
+    Console().print(table)

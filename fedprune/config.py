@@ -8,6 +8,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -55,6 +56,9 @@ class Settings(BaseModel):
     recency: bool = Field(False, description="newer positives weigh more in the private rows' gradient")
     recency_weight: float = Field(20.0, ge=0, description="how much more the newest weighs")
     recency_horizon: float = Field(4.0, gt=0, description="after how many later positives that has fallen to 1/e")
+    nested: float = Field(0.0, ge=0, description="weight of the self-distillation from a client's width to half of it")
+    distillation: dict[str, float | int | str] = Field({}, description="a teacher: see distill.Distillation")
+    entries: dict[str, Any] = Field({}, description="a mask of entries: kind (see entries.KINDS) and its own settings")
     server: Literal["adam", "average"] = Field("adam", description="server optimiser")
     server_lr: float = Field(0.015, gt=0, description="its learning rate")
 
@@ -171,17 +175,20 @@ def validated(values: Mapping[str, Any]) -> Settings:
         raise ConfigError(f"{name} = {first['input']!r}: {first['msg']} ({name}: {about})") from None
 
 
-def read(path: Path, changes: Sequence[str] = ()) -> Settings:
-    """Settings from a TOML file and `key=value` changes.
+def read(path: Path | None, changes: Sequence[str] = (), base: Mapping[str, Any] = MappingProxyType({})) -> Settings:
+    """Settings from a TOML file, if any, and `key=value` changes.
 
     A change's value is read as TOML where it is valid TOML, else as text: `sigma=5`, `recency=true`, `data=my.csv`,
     `skip.pace=1.5`.
+
+    Args:
+        base: what holds where neither says otherwise.
 
     Raises:
         ConfigError: no such file, broken TOML, or a bad setting.
     """
     try:
-        values = tomllib.loads(path.read_text())
+        values = dict(base) | ({} if path is None else tomllib.loads(path.read_text()))
     except FileNotFoundError:
         raise ConfigError(f"no settings file {path}; see configs/ for examples") from None
     except IsADirectoryError:

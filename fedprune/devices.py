@@ -112,20 +112,33 @@ class DeviceTable:
         bytes_down: FloatArray,
         bytes_up: FloatArray,
         parameters: Sequence[int],
+        teaching: FloatArray | None = None,
     ) -> list[Cost]:
-        """What orders cost, one per client; timing noise multiplies an order's whole duration."""
+        """What orders cost, one per client; timing noise multiplies an order's whole duration.
+
+        Args:
+            flops: of training.
+            teaching: of a teacher on the device.
+        """
+        taught = np.zeros(len(clients)) if teaching is None else teaching
         factor = np.exp(self.noise * self._normal(tickets)) if self.noise else np.ones(len(clients))
         download = factor * bytes_down / self.bytes_down[clients]
         training = factor * flops / self.flops[clients]
+        teacher = factor * taught / self.flops[clients]
         upload = factor * bytes_up / self.bytes_up[clients]
         radio, busy, idle = self.watts_radio[clients], self.watts_training[clients], self.watts_idle[clients]
         return [
             Cost(
-                Split(float(download[i]), float(training[i]), 0.0, float(upload[i])),
-                Split(float(download[i] * radio[i]), float(training[i] * busy[i]), 0.0, float(upload[i] * radio[i])),
+                Split(float(download[i]), float(training[i]), float(teacher[i]), float(upload[i])),
+                Split(
+                    float(download[i] * radio[i]),
+                    float(training[i] * busy[i]),
+                    float(teacher[i] * busy[i]),
+                    float(upload[i] * radio[i]),
+                ),
                 int(bytes_down[i]),
                 int(bytes_up[i]),
-                float(flops[i]),
+                float(flops[i] + taught[i]),
                 parameters[i],
                 float(idle[i]),
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -71,8 +71,15 @@ class Cost:
             joules=spent[1],
             bytes_down=round(self.bytes_down * shares["download"]),
             bytes_up=round(self.bytes_up * shares["upload"]),
-            flops=self.flops * shares["training"],
+            flops=self.flops * _mean(shares, self.seconds),
         )
+
+
+def _mean(shares: Mapping[str, float], seconds: Split) -> float:
+    """Share of the computing that is done."""
+    computing = seconds.training + seconds.teacher
+    done = shares["training"] * seconds.training + shares["teacher"] * seconds.teacher
+    return done / computing if computing > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,7 @@ class Report:
         work: share of the ordered examples that it did (below 1 where a time limit stopped it).
         staleness: merges between the version it trained on and the one it is merged into.
         waited: from then until the merge, while others were still at work.
+        gate: how well the received model did on the client's own held-out item (`Objective.gate`); NaN or None: unknown.
     """
 
     order: Order
@@ -149,6 +157,7 @@ class Report:
     work: float = 1.0
     staleness: int = 0
     waited: Seconds = 0.0
+    gate: float | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fedprune import catalog, recommenders
+from fedprune import catalog, distill, entries, recommenders
 from fedprune.config import Settings
 from fedprune.errors import ConfigError
 from fedprune.exchange import Fleet, Lost
@@ -124,7 +124,7 @@ def conduct(experiment: Experiment, record: RunRecord, watch: Watcher | None = N
             )
         _evaluated(event, experiment.evaluate(state), progress)
         record.add(event)
-        record.keep_model(state.model)
+        record.keep_model(state)
     else:
         state, snapshot, progress = kept
         experiment.resume(state, snapshot)
@@ -140,7 +140,7 @@ def conduct(experiment: Experiment, record: RunRecord, watch: Watcher | None = N
         if over or _due(settings, state.version, happened.began, happened.ended):
             silent = [c for c in range(experiment.clients) if c not in asked]
             if _evaluated(event, experiment.evaluate(state, silent, over), progress):
-                record.keep_model(state.model)
+                record.keep_model(state)
         record.add(event, ledger_rows(happened))
         if state.version % settings.checkpoint == 0:
             record.checkpoint(state, experiment.snapshot(state), progress | {"asked": sorted(asked)})
@@ -159,6 +159,9 @@ def _evaluated(event: dict[str, Any], evaluation: dict[str, dict[str, float]], p
     if not evaluation:
         return False
     event["evaluation"] = evaluation
+    kept = event.get("entries", {}).get("kept", 1.0)
+    if kept < progress.get("kept", 1.0) - 1e-6:  # a smaller ticket: what larger ones reached does not count
+        progress |= {"best": None, "flat": 0, "kept": kept}
     value = evaluation["validation"]["ndcg10_expected"]
     better = progress["best"] is None or value > progress["best"]
     progress |= {"best": value, "flat": 0} if better else {"flat": progress["flat"] + 1}
@@ -172,7 +175,8 @@ def strategy_of(settings: Settings, arguments: dict[str, Any]) -> Strategy:
     """The catalog's row, trained and merged as the settings say."""
     server = Adam(settings.server_lr) if settings.server == "adam" else Average(settings.server_lr)
     row = catalog.build(settings.strategy, **arguments)
-    return catalog.trained_with(row, objective_of(settings), Merge(optimiser=server), rows=settings.rows)
+    own = entries.from_settings(settings.entries) if settings.entries else None
+    return catalog.trained_with(row, objective_of(settings), Merge(optimiser=server), rows=settings.rows, entries=own)
 
 
 def objective_of(settings: Settings) -> Objective:
@@ -187,11 +191,19 @@ def objective_of(settings: Settings) -> Objective:
         private_steps=settings.private_steps,
         recency=settings.recency_weight if settings.recency else 0.0,
         horizon=settings.recency_horizon,
+        nested=settings.nested,
+        distillation=distill.from_settings(settings.distillation) if settings.distillation else None,
     )
 
 
 def recommender_of(settings: Settings, users: int, items: int) -> Recommender:
-    """The recommender for a population and a catalogue of this size."""
+    """The recommender for a population and a catalogue of this size, with the tensors that learn its masks, if any do."""
+    arguments = settings.of(settings.strategy)[1]
+    return strategy_of(settings, arguments).entries.parametrise(plain_recommender(settings, users, items))
+
+
+def plain_recommender(settings: Settings, users: int, items: int) -> Recommender:
+    """The same without these: what devices are sized by and a warm start fills."""
     extra = {"hidden": settings.hidden} if settings.recommender in ("mlp", "neumf") else {}
     return recommenders.build(
         settings.recommender, users=users, items=items, latent=settings.latent, scale=settings.scale, **extra

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedprune.axes import Layout
 from fedprune.errors import ConfigError
 from fedprune.exchange import Report, Updates
-from fedprune.submodel import Submodel, mask, positions
+from fedprune.submodel import Submodel, mask, positions, there
 from fedprune.types import Tensors
 
 
@@ -72,20 +72,21 @@ class Merge:
 
     Attributes:
         over: "holders" divides by those who trained the coordinate (HeteroFL; AdaptCL's by-unit); "cohort" by all who
-            reported, so that who lacks it votes for the old value (FedMP's R2SP).
+            reported, so that who lacks it votes for the old value (FedMP's R2SP); "common" merges only what everybody trained
+            who reported (and who touched its row), the rest keeps its old value (Hermes).
         weights: w_k: "equal"; "examples" (FedAvg's n_k); "period": merges since the model was sent, plus one, so that who
             reports every s-th round counts s-fold; "coverage": 1 / (the share of the tensor that k trains), so that each
             entry is expected to count alike however seldom a client trains it (Horvitz & Thompson 1952).
         optimiser: the server's step.
     """
 
-    over: Literal["holders", "cohort"] = "holders"
+    over: Literal["holders", "cohort", "common"] = "holders"
     weights: Literal["equal", "examples", "period", "coverage"] = "equal"
     optimiser: ServerOptimiser = field(default_factory=Average)
 
     def __post_init__(self) -> None:
-        if self.over not in ("holders", "cohort"):
-            raise ConfigError(f'merge over "{self.over}"; it is holders or cohort')
+        if self.over not in ("holders", "cohort", "common"):
+            raise ConfigError(f'merge over "{self.over}"; it is holders, cohort or common')
         if self.weights not in ("equal", "examples", "period", "coverage"):
             raise ConfigError(f'merge weights "{self.weights}"; they are equal, examples, period or coverage')
 
@@ -96,25 +97,32 @@ class Merge:
         """
         if not reports:
             return model, memory
-        reports = sorted(reports, key=lambda r: r.order.ticket)
+        memory, merged = dict(memory), {}
+        for name, (mean, held) in self.means(model, layout, reports).items():
+            merged[name] = model[name] + self.optimiser.step(memory, name, mean, held)
+        return merged, memory
+
+    def means(self, model: Tensors, layout: Layout, reports: Sequence[Report]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per tensor the mean update, and which of its entries it speaks of (it is zero elsewhere)."""
         stacks: dict[int, list[Report]] = {}
-        for report in reports:
+        for report in sorted(reports, key=lambda r: r.order.ticket):
             stacks.setdefault(id(report.updates), []).append(report)
-        sums = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
-        covered = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
+        sums = _Sums.zeros(model, layout)
         cohort = dict.fromkeys(model, 0.0)
         for members in stacks.values():
             members.sort(key=lambda r: r.position)
             weights = {name: torch.tensor([self.weight(r, layout, name) for r in members]) for name in model}
-            _add_stack(sums, covered, layout, members[0].updates, [r.position for r in members], weights)
+            sums.add(members[0].updates, [r.position for r in members], weights)
             cohort = {name: total + float(weights[name].sum()) for name, total in cohort.items()}
-        memory, merged = dict(memory), {}
-        for name, tensor in model.items():
-            held = covered[name] > 0
-            count = covered[name] if self.over == "holders" else torch.tensor(cohort[name])
-            mean = torch.where(held, sums[name] / torch.where(held, count, 1.0), 0.0)
-            merged[name] = tensor + self.optimiser.step(memory, name, mean, held)
-        return merged, memory
+        result = {}
+        for name in model:
+            covered = sums.covered[name]
+            held = covered > 0
+            if self.over == "common":
+                held &= covered > (1 - 1e-5) * _like(sums.reached[name], covered)
+            count = torch.tensor(cohort[name]) if self.over == "cohort" else covered
+            result[name] = torch.where(held, sums.deltas[name] / torch.where(held, count, 1.0), 0.0), held
+        return result
 
     def weight(self, report: Report, layout: Layout, name: str) -> float:
         """w_k of one report, for one tensor."""
@@ -126,41 +134,76 @@ class Merge:
             case "period":
                 return float(1 + report.staleness)
             case "coverage":
-                return 1.0 / coverage(report.order.submodel, layout, name)
+                share = coverage(report.order.submodel, layout, name)
+                return 1.0 / share if share else 1.0  # who trains none of it has reported all the same
 
 
 @lru_cache(maxsize=8192)
 def coverage(submodel: Submodel, layout: Layout, name: str) -> float:
-    """Share of a tensor's entries that a submodel trains, rows aside: the product over its dimensions."""
-    share = 1.0
+    """Share of a tensor's entries that a submodel trains, rows aside: the product over its dimensions, and over its mask."""
+    mask = there(layout, submodel, name, "trained")
+    share = 1.0 if mask is None else float(mask.float().mean())
     for dimension in layout.tensors[name]:
         share *= layout.extent(dimension, submodel.trained_widths) / layout.extent(dimension, layout.full)
     return share
 
 
-def _add_stack(sums: Tensors, covered: Tensors, layout: Layout, updates: Updates, places: list[int], weights: Tensors) -> None:
-    """Add the weighted updates of some clients of a stack (places ascending), and the weights themselves where they trained."""
-    whole = len(places) == len(updates.submodels)
-    clients = torch.tensor(places)
-    submodels = [updates.submodels[place] for place in places]
-    same = len({s.key for s in submodels}) == 1
-    agreed = submodels[:1] if same else submodels
-    rows, present = (updates.rows, updates.present) if whole else (updates.rows[clients], updates.present[clients])
-    for name, stacked in updates.tensors.items():
-        delta, weight = stacked if whole else stacked[clients], weights[name]
-        touched = layout.kind(name) == "touched"
-        if not touched:  # one line of weights stands for all clients that agree on what they train
-            by_row = weight.sum(0, keepdim=True)[None] if same else weight[:, None]
-        elif same:
-            by_row = torch.zeros(layout.items).index_add_(0, rows.flatten(), (present * weight[:, None]).flatten())[None]
-        else:
-            by_row = torch.zeros(len(places), layout.items).scatter_add_(1, rows, present * weight[:, None])
-        dimensions = layout.tensors[name][1 if touched else 0 :]
-        # Who trained what, `[clients or 1, extent]` per dimension.
-        factors = [torch.stack([mask(layout, d, s.trained) for s in agreed]) for d in dimensions]
-        covered[name] += _outer(by_row, factors).reshape(covered[name].shape)
-        weighted = delta if bool((weight == 1).all()) else delta * _like(weight, delta)
-        _add_deltas(sums[name], layout, dimensions, submodels, weighted, rows if touched else None)
+@dataclass(frozen=True)
+class _Sums:
+    """Weighted sums over reports, per tensor of the full model.
+
+    Attributes:
+        deltas: of updates.
+        covered: of the weights of those who trained an entry.
+        reached: of the weights of those who had the row, `[items]`, or the tensor, `[1]`.
+    """
+
+    layout: Layout
+    deltas: Tensors
+    covered: Tensors
+    reached: Tensors
+
+    @classmethod
+    def zeros(cls, model: Tensors, layout: Layout) -> _Sums:
+        """Of nobody."""
+        reached = {name: torch.zeros(len(t) if layout.kind(name) == "touched" else 1) for name, t in model.items()}
+        deltas = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
+        return cls(layout, deltas, {name: torch.zeros_like(tensor) for name, tensor in model.items()}, reached)
+
+    def add(self, updates: Updates, places: list[int], weights: Tensors) -> None:
+        """Add the weighted updates of some clients of a stack (places ascending), and their weights where they trained."""
+        submodels = [updates.submodels[place] for place in places]
+        keys = [s.key for s in submodels]
+        same = len(set(keys)) == 1
+        if not same and any(s.entries for s in submodels):  # masks do not factorise: one submodel after another
+            for key in dict.fromkeys(keys):
+                own = [number for number, k in enumerate(keys) if k == key]
+                self.add(updates, [places[n] for n in own], {name: weight[own] for name, weight in weights.items()})
+            return
+        whole = len(places) == len(updates.submodels)
+        clients = torch.tensor(places)
+        agreed = submodels[:1] if same else submodels
+        rows, present = (updates.rows, updates.present) if whole else (updates.rows[clients], updates.present[clients])
+        for name, stacked in updates.tensors.items():
+            delta, weight = stacked if whole else stacked[clients], weights[name]
+            touched = self.layout.kind(name) == "touched"
+            if not touched:  # one line of weights stands for all clients that agree on what they train
+                by_row = weight.sum(0, keepdim=True)[None] if same else weight[:, None]
+            elif same:
+                flat = torch.zeros(self.layout.items).index_add_(0, rows.flatten(), (present * weight[:, None]).flatten())
+                by_row = flat[None]
+            else:
+                by_row = torch.zeros(len(places), self.layout.items).scatter_add_(1, rows, present * weight[:, None])
+            dimensions = self.layout.tensors[name][1 if touched else 0 :]
+            # Who trained what, `[clients or 1, extent]` per dimension.
+            factors = [torch.stack([mask(self.layout, d, s.trained) for s in agreed]) for d in dimensions]
+            outer = _outer(by_row, factors).reshape(self.covered[name].shape)
+            if name in agreed[0].entries and not agreed[0].through:
+                outer = outer * torch.from_numpy(agreed[0].entries[name])
+            self.covered[name] += outer
+            self.reached[name] += by_row.sum(0)
+            weighted = delta if bool((weight == 1).all()) else delta * _like(weight, delta)
+            _add_deltas(self.deltas[name], self.layout, dimensions, submodels, weighted, rows if touched else None)
 
 
 def _outer(first: Tensor, factors: list[Tensor]) -> Tensor:
@@ -174,7 +217,7 @@ def _add_deltas(total: Tensor, layout: Layout, dimensions: tuple, submodels: lis
     """Add `[clients, (rows,) held...]` into the full tensor; clients that hold the same units go in together."""
     groups: dict[bytes, list[int]] = {}
     for place, submodel in enumerate(submodels):
-        groups.setdefault(submodel.held_key, []).append(place)
+        groups.setdefault(submodel.units_key, []).append(place)
     for places in groups.values():
         part = delta if len(groups) == 1 else delta[places]
         held = submodels[places[0]].held

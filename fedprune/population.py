@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from fedprune.axes import Layout
 from fedprune.data import Interactions
+from fedprune.distill import Lesson
+from fedprune.errors import DataError
 from fedprune.objective import Objective
 from fedprune.random import PRIORITIES, drawn, keys, priorities
 from fedprune.submodel import Submodel, positions
@@ -36,10 +39,13 @@ class Examples:
     Attributes:
         users: population rows, int64 `[clients, users]`; padding repeats the first.
         rows, present: touched items and which of them are real, `[clients, rows]`.
-        label: 1.0 for positives, `[clients, batch]`.
+        label: 1.0 for positives, or their rating; `[clients, batch]`.
         weight: 1.0, or 0.0 for padding, `[clients, batch]`.
         age: number of the user's later positives (positives only), `[clients, batch]`.
         item_at, user_at: positions in `rows` and `users`, int64 `[clients, batch]`; None for one user per client.
+        rank: place in the teacher's list, from 1, of examples that are there to be taught (with weight 0); 0 for the client's
+            own; float `[clients, batch]`. None without a list.
+        lesson: what the teacher says of them.
     """
 
     users: Tensor
@@ -50,6 +56,13 @@ class Examples:
     age: Tensor
     item_at: Tensor | None = None
     user_at: Tensor | None = None
+    rank: Tensor | None = None
+    lesson: Lesson | None = None
+
+    @cached_property
+    def heard(self) -> Tensor:
+        """Which columns are no padding, bool `[clients, batch]`."""
+        return self.weight.bool() if self.rank is None else self.weight.bool() | (self.rank > 0)
 
     @cached_property
     def count(self) -> Tensor:
@@ -62,6 +75,10 @@ class Examples:
         real = self.users != self.users[:, :1]
         real[:, 0] = True
         return real
+
+
+Lister: TypeAlias = Callable[[IntArray, Tensor], tuple[Tensor, Tensor]]
+"""Users `[users]` and the items not to be listed, bool `[users, items]` -> items int64 `[users, top]`, and which are real."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +99,23 @@ class Population:
         client_of_user: int64 `[users]`; clients are numbered 0..clients-1 and none is empty.
         layout: says which tensors are private.
         private: their initial values.
+        held_out: each user's validation item, int64 `[users]`, -1 for none; for tickets that a client draws by it.
     """
 
-    def __init__(self, train: Interactions, client_of_user: IntArray, layout: Layout, private: Tensors) -> None:
+    def __init__(
+        self,
+        train: Interactions,
+        client_of_user: IntArray,
+        layout: Layout,
+        private: Tensors,
+        held_out: IntArray | None = None,
+    ) -> None:
         self.items = train.items
         self.client_of_user = client_of_user
+        self.held_out = np.full(train.users, -1, np.int64) if held_out is None else held_out
+        self.ratings = None if train.rating is None else torch.from_numpy(train.rating).float()
+        self.teacher: tuple[Tensors, Tensors] | None = None
+        """Model and private rows of a teacher from elsewhere (`Distillation.teacher` "given")."""
         self._examples: dict[int, IntArray] = {}
         self.starts = train.starts
         self.positives = torch.from_numpy(train.item)
@@ -107,6 +136,14 @@ class Population:
         other.private = Private(**kept, steps=self.private.steps.clone())
         return other
 
+    def restart(self, values: Tensors) -> None:
+        """Private rows as given, and an optimiser that remembers nothing."""
+        for name, tensor in values.items():
+            self.private.values[name].copy_(tensor)
+            self.private.first[name].zero_()
+            self.private.second[name].zero_()
+        self.private.steps.zero_()
+
     @property
     def clients(self) -> int:
         """How many."""
@@ -119,15 +156,21 @@ class Population:
 
     def examples_of_client(self, objective: Objective) -> IntArray:
         """Examples per client and epoch: positives, and negatives as far as the catalogue has unseen items."""
-        if objective.negatives not in self._examples:
+        negatives = _negatives(objective)
+        if negatives not in self._examples:
             counts = np.diff(self.starts)
-            per_user = counts + np.minimum(objective.negatives * counts, self.items - counts)
-            self._examples[objective.negatives] = self._per_client(per_user)
-        return self._examples[objective.negatives]
+            per_user = counts + np.minimum(negatives * counts, self.items - counts)
+            self._examples[negatives] = self._per_client(per_user)
+        return self._examples[negatives]
+
+    def listed_of_client(self, objective: Objective) -> IntArray:
+        """Items on the teacher's lists per client (at most: a user who has seen nearly everything has a shorter one)."""
+        top = 0 if objective.distillation is None else objective.distillation.top
+        return top * np.array([len(users) for users in self.users_of])
 
     def rows_of_client(self, objective: Objective) -> IntArray:
         """Upper bound of the touched rows per client (reached with one user per client)."""
-        return np.minimum(self.examples_of_client(objective), self.items)
+        return np.minimum(self.examples_of_client(objective) + self.listed_of_client(objective), self.items)
 
     def stacks(self, clients: Sequence[ClientId], objective: Objective, limit: int) -> list[list[int]]:
         """Positions in `clients`, sorted by examples (so there is little padding) and cut near `limit` padded examples."""
@@ -152,6 +195,7 @@ class Population:
         objective: Objective,
         seed: int,
         work: Sequence[float] | None = None,
+        lister: Lister | None = None,
     ) -> Examples:
         """Positives and fresh negatives of a stack of clients.
 
@@ -160,21 +204,29 @@ class Population:
 
         Args:
             work: share of its positives that each client gets to; all of them if None.
+            lister: adds the items that a teacher would list for each user.
+
+        Raises:
+            DataError: ratings are asked for and there are none.
         """
+        if objective.task == "ratings" and self.ratings is None:
+            raise DataError('the task "ratings" needs a column of ratings; this data set has none')
         groups = [self.users_of[c] for c in clients]
         users = np.concatenate(groups)
         key = keys(seed, "negatives", np.repeat(np.asarray(tickets), [len(g) for g in groups])) ^ keys(seed, "user", users)
         share = None if work is None else np.repeat(np.asarray(work, float), [len(g) for g in groups])
-        flat = self._draw_users(users, key, objective.negatives, share)
+        flat = self._draw_users(users, key, objective, share, lister)
         if self.one_user_each:
-            items, label, present, age = flat
-            return Examples(torch.from_numpy(users)[:, None], items, present, label, present.float(), age)
+            items, label, present, age, rank = flat
+            weight = present.float() if rank is None else (present & (rank == 0)).float()
+            return Examples(torch.from_numpy(users)[:, None], items, present, label, weight, age, rank=rank)
         return _by_silo(groups, *flat)
 
     def _draw_users(
-        self, users: IntArray, key: np.ndarray, negatives: int, share: np.ndarray | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Items, labels, presence and ages `[users, batch]`: a user's positives, then its negatives, then padding."""
+        self, users: IntArray, key: np.ndarray, objective: Objective, share: np.ndarray | None, lister: Lister | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Items, labels, presence, ages and ranks `[users, batch]`: a user's positives, its negatives, padding, its list."""
+        negatives = _negatives(objective)
         counts = self.starts[users + 1] - self.starts[users]
         wanted = np.minimum(negatives * counts, self.items - counts)
         widest = int(counts.max())
@@ -196,11 +248,25 @@ class Population:
             order = priorities(key ^ np.uint64(0x5BF03635), widest)  # which positives come first
             real = real & (_rank_within(order, real) < kept)
             chosen = chosen & (torch.arange(size) < torch.from_numpy(np.ceil(share * wanted))[:, None])
-        label = torch.cat([real.float(), torch.zeros(len(users), size)], 1)
+        told = real.float() if objective.task == "implicit" or self.ratings is None else self.ratings[place * real] * real
+        label = torch.cat([told, torch.zeros(len(users), size)], 1)
         present = torch.cat([real, chosen], 1)
         # Padding names item 0 with weight 0; clearing it keeps memory access local.
         items = torch.where(present, torch.cat([seen, unseen], 1), 0)
-        return items, label, present, torch.cat([age, torch.zeros(len(users), size)], 1)
+        age = torch.cat([age, torch.zeros(len(users), size)], 1)
+        if lister is None:
+            return items, label, present, age, None
+        taken.scatter_(1, torch.where(chosen, unseen, self.items), True)  # an item is one example, not two
+        listed, there = lister(users, taken[:, :-1])
+        none = torch.zeros(listed.shape)
+        rank = torch.where(there, torch.arange(1.0, 1 + listed.shape[1]), none)
+        return (
+            torch.cat([items, torch.where(there, listed, 0)], 1),
+            torch.cat([label, none], 1),
+            torch.cat([present, there], 1),
+            torch.cat([age, none], 1),
+            torch.cat([torch.zeros(items.shape), rank], 1),
+        )
 
     # ---- private rows ------------------------------------------------------------------------------------------------
 
@@ -251,7 +317,13 @@ def _rank_within(order: Tensor, real: Tensor) -> Tensor:
     return ranked.argsort(1).argsort(1)
 
 
-def _by_silo(groups: list[IntArray], items: Tensor, label: Tensor, present: Tensor, age: Tensor) -> Examples:
+def _negatives(objective: Objective) -> int:
+    return 0 if objective.task == "ratings" else objective.negatives
+
+
+def _by_silo(
+    groups: list[IntArray], items: Tensor, label: Tensor, present: Tensor, age: Tensor, rank: Tensor | None
+) -> Examples:
     """Regroup `[users, batch]` into `[silos, users * batch]`, with the touched items of each silo listed once."""
     most, size = max(len(g) for g in groups), items.shape[1]
     starts = np.cumsum([0, *(len(g) for g in groups)])
@@ -273,4 +345,6 @@ def _by_silo(groups: list[IntArray], items: Tensor, label: Tensor, present: Tens
     listed = torch.arange(rows.shape[1]) < torch.tensor([len(t) for t in touched])[:, None]
     users = torch.from_numpy(np.stack([np.append(g, np.full(most - len(g), g[0])) for g in groups]))
     user_at = (torch.arange(most * size) // size).expand(len(groups), -1)
-    return Examples(users, rows, listed, laid(label), real.float(), laid(age), item_at, user_at)
+    places = None if rank is None else laid(rank)
+    weight = real.float() if places is None else (real & (places == 0)).float()
+    return Examples(users, rows, listed, laid(label), weight, laid(age), item_at, user_at, places)

@@ -29,7 +29,12 @@ def keys(seed: int, purpose: str, numbers: Sequence[int] | np.ndarray) -> np.nda
     """
     offset = int.from_bytes(hashlib.blake2b(repr((seed, purpose)).encode(), digest_size=8).digest(), "little")
     with np.errstate(over="ignore"):
-        z = np.asarray(numbers).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(offset)
+        return _mixed(np.asarray(numbers).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(offset))
+
+
+def _mixed(z: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser."""
+    with np.errstate(over="ignore"):
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
@@ -38,6 +43,22 @@ def keys(seed: int, purpose: str, numbers: Sequence[int] | np.ndarray) -> np.nda
 def uniform(seed: int, purpose: str, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
     """One number in [0, 1) per number; float64 `[len(numbers)]`."""
     return (keys(seed, purpose, numbers) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+
+
+def uniform_grid(key: np.ndarray, numbers: Tensor, columns: int) -> Tensor:
+    """Uniform numbers in [0, 1) that follow from (key, number, column) alone, whoever stands beside them.
+
+    Args:
+        key: uint64 `[clients]` from `keys`.
+        numbers: int64 `[clients, rows]`.
+
+    Returns:
+        float64 `[clients, rows, columns]`.
+    """
+    with np.errstate(over="ignore"):
+        place = numbers.numpy().astype(np.uint64)[..., None] * np.uint64(columns) + np.arange(columns, dtype=np.uint64)
+        z = key[:, None, None] + (place + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        return torch.from_numpy((_mixed(z) >> np.uint64(11)).astype(np.float64) / float(1 << 53))
 
 
 def _rounds(size: int) -> int:

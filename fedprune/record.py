@@ -5,7 +5,7 @@
     events.jsonl      one line per round, with an evaluation where there was one; every reported number is computed from it
     ledger/*.parquet  one row per client-round: seconds and joules by part, bytes, rate, staleness, discarded
     state.safetensors the last checkpoint; removed when the run is finished
-    model.safetensors the global model of the best round by validation
+    model.safetensors the global model of the best round by validation; under pruning/ and entries/ what its masks follow from
     summary.json      written last: its presence says that the run is finished
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,7 +30,17 @@ from fedprune.energy import above_idle
 from fedprune.errors import RecordError
 from fedprune.exchange import PARTS, Cost, Lost, Report
 from fedprune.strategy import Round, ServerState
-from fedprune.types import Tensors
+from fedprune.types import Memory, Tensors, Version
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The best model of a run, its version, and what the choice of units and of entries remembered then."""
+
+    model: Tensors
+    version: Version
+    pruning: Memory
+    entries: Memory
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,17 @@ class RunRecord:
     def about(self) -> dict[str, Any]:
         """What `begin` wrote when the run began."""
         return json.loads((self.folder / "run.json").read_text())
+
+    def settings(self) -> dict[str, Any]:
+        """The run's, as a table.
+
+        Raises:
+            RecordError: this is no run's folder.
+        """
+        try:
+            return self.about["settings"]
+        except (FileNotFoundError, KeyError, json.JSONDecodeError):
+            raise RecordError(f"{self.folder} is no run's folder: it has no run.json; `fedprune run` makes one") from None
 
     @property
     def finished(self) -> dict[str, Any] | None:
@@ -118,9 +139,29 @@ class RunRecord:
                 part.unlink()
         return state, fleet, extra
 
-    def keep_model(self, model: Tensors) -> None:
-        """Replace the best model."""
-        save(self.folder / "model.safetensors", model, {})
+    def keep_model(self, state: ServerState) -> None:
+        """Replace the best model, and what its strategy remembered: from that follows what each device held of it."""
+        save(self.folder / "model.safetensors", state.model | _memories(state, MASKING), _about({"version": state.version}))
+
+    def kept_model(self) -> Kept:
+        """The best model so far.
+
+        Raises:
+            RecordError: there is none yet, or none with its masks, or the file is damaged.
+        """
+        path = self.folder / "model.safetensors"
+        if not path.exists():
+            raise RecordError(f"{self.folder} has no model.safetensors yet; start the run again, and it goes on to its first")
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {}).get("fedprune", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, ValueError) as error:
+            raise RecordError(f"{path} is damaged ({error}); delete the run's folder and run it again") from None
+        if "version" not in about:
+            raise RecordError(f"{path} was written without its masks, by an earlier fedprune; run it again into another --out")
+        memories = {p: {n: t.numpy() for n, t in _group(tensors, p).items()} for p in MASKING}
+        return Kept({n: t for n, t in tensors.items() if "/" not in n}, about["version"], **memories)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Mark the run as finished."""
@@ -159,6 +200,7 @@ def line(happened: Round) -> dict[str, Any]:
         "reports": len(reports),
         "lost": len(happened.lost),
         **({"refused": refused} if refused else {}),
+        **({"entries": dict(happened.facts)} if happened.facts else {}),
         "mean_rate": float(np.mean([r.order.rate for r in reports])) if reports else None,
         "mean_staleness": float(np.mean([r.staleness for r in reports])) if reports else None,
         "slowest_update": max((r.cost.seconds.total for r in reports), default=None),
@@ -244,15 +286,20 @@ LEDGER = (
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
+MEMORIES = ("selection", "rates", "pruning", "entries")
+"""What the parts of a strategy remember."""
+MASKING = ("pruning", "entries")
+"""Those of them that a submodel follows from."""
+
+
 def save_state(path: Path, state: ServerState, fleet: Snapshot, extra: Mapping[str, Any]) -> None:
     """Everything a run needs to go on, in one file: the server, and what its fleet gave to be kept."""
     tensors: Tensors = {f"model/{n}": t for n, t in state.model.items()}
     tensors |= {f"optimiser/{n}": t for n, t in state.optimiser.items()}
-    for part in ("selection", "rates", "pruning"):
-        tensors |= {f"{part}/{n}": torch.from_numpy(np.array(a)) for n, a in getattr(state, part).items()}
+    tensors |= _memories(state, MEMORIES)
     tensors |= {f"fleet/{n}": t for n, t in fleet.tensors.items()}
     about = {"version": state.version, "ticket": state.ticket, "fleet": fleet.about, "extra": dict(extra)}
-    save(path, tensors, {"fedprune": json.dumps(about)})
+    save(path, tensors, _about(about))
 
 
 def load_state(path: Path, fresh: ServerState) -> tuple[ServerState, Snapshot, dict[str, Any]]:
@@ -261,14 +308,22 @@ def load_state(path: Path, fresh: ServerState) -> tuple[ServerState, Snapshot, d
         about = json.loads(file.metadata()["fedprune"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
 
-    def group(prefix: str) -> Tensors:
-        return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + "/")}
+    memories = {p: {n: t.numpy() for n, t in _group(tensors, p).items()} for p in MEMORIES}
+    model, optimiser = _group(tensors, "model"), _group(tensors, "optimiser")
+    state = ServerState(model, fresh.layout, fresh.seed, about["version"], about["ticket"], optimiser, **memories)
+    return state, Snapshot(_group(tensors, "fleet"), about["fleet"]), about["extra"]
 
-    memories = {p: {n: t.numpy() for n, t in group(p).items()} for p in ("selection", "rates", "pruning")}
-    state = ServerState(
-        group("model"), fresh.layout, fresh.seed, about["version"], about["ticket"], group("optimiser"), **memories
-    )
-    return state, Snapshot(group("fleet"), about["fleet"]), about["extra"]
+
+def _group(tensors: Tensors, prefix: str) -> Tensors:
+    return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + "/")}
+
+
+def _memories(state: ServerState, parts: Sequence[str]) -> Tensors:
+    return {f"{p}/{n}": torch.from_numpy(np.array(array)) for p in parts for n, array in getattr(state, p).items()}
+
+
+def _about(values: Mapping[str, Any]) -> dict[str, str]:
+    return {"fedprune": json.dumps(values)}
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

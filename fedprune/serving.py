@@ -83,7 +83,7 @@ def listen(
         examples = population.draw(part, tickets, objective, seed ^ 0x5EED)
         frozen, private = received(layout, model, examples), population.take(examples.users, columns)
         for _ in range(steps):
-            private = train(recommender.score, layout, frozen, private, examples, objective, frozen=True).private
+            private = train(recommender, frozen, private, examples, objective, frozen=True).private
         population.put(examples.users, columns, private, examples.real_users)
 
 

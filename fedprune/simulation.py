@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ from fedprune.data import Interactions, Split, leave_one_out, load, one_per_user
 from fedprune.devices import DeviceTable, FullReport, disturbed, linear, named, phones
 from fedprune.evaluation import average, quality, rank_held_out
 from fedprune.exchange import Lost, Roster
-from fedprune.experiment import Watcher, conduct, objective_of, open_record, recommender_of, spread, strategy_of
+from fedprune.experiment import (
+    Watcher,
+    conduct,
+    objective_of,
+    open_record,
+    plain_recommender,
+    recommender_of,
+    spread,
+    strategy_of,
+)
 from fedprune.fleet import SerialFleet, VectorFleet, VirtualFleet
 from fedprune.fleet.trainer import Trainer
 from fedprune.objective import Objective
@@ -148,11 +157,12 @@ def prepare(settings: Settings, split: Split, trainer: Trainer | None = None) ->
     base, (settings, arguments) = settings, settings.of(settings.strategy)
     train, seed = split.train, settings.seed
     recommender = recommender_of(settings, train.users, train.items)
+    plain = plain_recommender(settings, train.users, train.items)
     start = WarmStart(settings.warm_start, popularity_bias=settings.popularity_bias)
-    model, private = start(recommender, train, recommender.initial(seed), recommender.initial_private(seed), seed)
+    model, private = start(plain, train, recommender.initial(seed), recommender.initial_private(seed), seed)
     client_of_user = clients_of(settings, train)
-    population = Population(train, client_of_user, recommender.layout, private)
-    devices = devices_of(base, population, recommender_of(base, train.users, train.items), objective_of(base))
+    population = Population(train, client_of_user, recommender.layout, private, split.validation)
+    devices = devices_of(base, population, plain_recommender(base, train.users, train.items), objective_of(base))
     if trainer is None:
         make = VectorFleet if settings.fleet == "vector" else SerialFleet
         fleet = make(recommender, population, devices, workload=settings.workload)
@@ -168,6 +178,7 @@ def devices_of(settings: Settings, population: Population, recommender: Recommen
 
     Settings are those before a strategy's own table: who does less work finds the same devices, and is faster on them.
     """
+    objective = replace(objective, distillation=None)
     layout, examples = recommender.layout, float(population.examples_of_client(objective).mean())
     rows = float(population.rows_of_client(objective).mean()) if settings.rows == "touched" else population.items
     size = layout.bytes(layout.full, round(rows))
@@ -214,7 +225,8 @@ def warm_start_event(experiment: Simulation) -> dict[str, Any]:
     An iteration moves the embeddings down and up once and multiplies a client's own rows by them twice.
     """
     settings, population, devices = experiment.settings, experiment.fleet.population, experiment.fleet.devices
-    layout, times = experiment.recommender.layout, settings.warm_start
+    layout = plain_recommender(settings, population.positives.shape[0], population.items).layout
+    times = settings.warm_start
     latent = sum(layout.row_entries(n, layout.full) for n in layout.named("touched") if len(layout.tensors[n]) == 2)
     rows = population.positives_of_client.astype(float)
     if settings.workload == "equal":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def snapshot(state: ServerState, fleet: VirtualFleet, listeners: Population) -> 
             tensors |= {f"version.{order.version}/{n}": t for n, t in order.model.items()}
         if order.submodel.key not in submodels:
             number = submodels[order.submodel.key] = len(submodels)
-            for kind in ("held", "trained"):
+            for kind in ("held", "trained", "entries"):
                 units = getattr(order.submodel, kind)
                 tensors |= {f"submodel.{number}.{kind}/{a}": torch.from_numpy(u.copy()) for a, u in units.items()}
     return Snapshot(tensors, {"clock": clock, "jobs": [_to_json(job, submodels[job.order.submodel.key]) for job in jobs]})
@@ -54,8 +54,12 @@ def restore(kept: Snapshot, state: ServerState, fleet: VirtualFleet, listeners: 
     for entry in kept.about["jobs"]:
         number, version = entry["submodel"], entry["version"]
         if number not in submodels:
-            held, trained = ({a: t.numpy() for a, t in group(f"submodel.{number}.{k}").items()} for k in ("held", "trained"))
-            submodels[number] = Submodel.checked(state.layout, held, trained)
+            held, trained, entries = (
+                {a: t.numpy() for a, t in group(f"submodel.{number}.{k}").items()} for k in ("held", "trained", "entries")
+            )
+            submodels[number] = replace(
+                Submodel.checked(state.layout, held, trained, entries), through=bool(entries) and strategy.entries.through
+            )
         if version not in models:
             models[version] = group(f"version.{version}")
         jobs.append(_from_json(entry, submodels[number], models[version], strategy, state.seed))
@@ -83,7 +87,7 @@ def _to_json(job: Job, submodel: int) -> dict[str, Any]:
 def _from_json(entry: dict[str, Any], submodel: Submodel, model: Tensors, strategy: Strategy, seed: int) -> Job:
     order = Order(
         entry["ticket"], entry["client"], entry["version"], entry["rate"], submodel,
-        strategy.objective, strategy.codec.rows, model, seed, strategy.gather.expires,
+        strategy.told, strategy.codec.rows, model, seed, strategy.gather.expires,
     )  # fmt: skip
     joules = None if entry["joules"] is None else Split(**entry["joules"])
     cost = Cost(Split(**entry["seconds"]), joules, *entry["rest"])

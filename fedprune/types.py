@@ -23,5 +23,6 @@ Rate: TypeAlias = float
 Tensors: TypeAlias = dict[str, Tensor]
 IntArray: TypeAlias = NDArray[np.int64]
 FloatArray: TypeAlias = NDArray[np.float64]
+BoolArray: TypeAlias = NDArray[np.bool_]
 Memory: TypeAlias = dict[str, np.ndarray]
 """What a part of a strategy remembers between rounds: named arrays, so that it can be saved as it is."""

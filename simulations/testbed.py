@@ -37,11 +37,6 @@ DEVICES = {
     "slow": Limits(cpus=0.15, download=2e6, upload=1e6),
 }
 ENVIRONMENT = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"}  # Flower's default; looking more often takes a slow device's time
-SETTINGS = {
-    "data": "ml-100k", "silos": 4, "recommender": "mlp", "latent": 64, "hidden": "[256,128]", "negatives": 3, "batch": 4096,
-    "epochs": 16, "lr": 0.5, "server": "average", "server_lr": 1.0, "warm_start": 2, "evaluations": 2, "checkpoint": 1,
-    "adaptcl.interval": 1, "adaptcl.grid": 64,
-}  # fmt: skip
 
 
 def main(
@@ -56,7 +51,7 @@ def main(
         print("testbed: cannot run here: " + " ".join(lacking), file=sys.stderr)
         raise typer.Exit(2)
     try:
-        changes = SETTINGS | {"rounds": rounds} | dict(split(change) for change in set_ or [])
+        changes = {"rounds": rounds} | dict(split(change) for change in set_ or [])
         run_all(strategies, changes, out.resolve(), quiet=as_json)
     except FedpruneError as error:
         print(f"testbed: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from flwr.app import Error, Message, MetricRecord, RecordDict
 from grid import Clock, ClockGrid
-from world import ITEMS, USERS, recommender, train
+from world import ITEMS, USERS, recommender, split, train
 
 from fedprune.exchange import Cost, Order, Report, Split
 from fedprune.fleet.trainer import Result, cut_already, one_by_one
@@ -53,7 +53,8 @@ class Devices:
         result.stack.settle([result.position])
         self.results[order.ticket] = result
         figures = {"seconds-loading": 0.0, "seconds-training": 1.0, "seconds-teacher": 0.0}
-        stack = wire.Stacked((order.ticket,), result.updates, (result.examples,), (result.loss,), parcel.work)
+        told = wire.gates([result])
+        stack = wire.Stacked((order.ticket,), result.updates, (result.examples,), (result.loss,), parcel.work, gates=told)
         figures |= self.reported.get(order.client, {})
         content = wire.write_reply(parcel, [stack], recommender(self.model).layout, figures)
         return self.tamper.get(order.client, lambda content: content)(content)
@@ -112,7 +113,8 @@ def flower_world(
 ) -> FlowerWorld:
     """A fresh world of silos; client c is node 100 + c unless `nodes` says otherwise."""
     what, clock = recommender(model), Clock()
-    population = Population(train(), np.arange(USERS) % clients, what.layout, what.initial_private(seed))
+    owner, private = np.arange(USERS) % clients, what.initial_private(seed)
+    population = Population(train(), owner, what.layout, private, split().validation)
     numbers = list(range(100, 100 + clients)) if nodes is None else list(nodes)
     devices = Devices(population, model, {node: client for client, node in enumerate(numbers)})
     grid = ClockGrid(numbers, devices, clock)
@@ -124,3 +126,19 @@ def flower_world(
     if gathered:
         crew.gather(10.0)
     return FlowerWorld(strategy or Strategy(), fleet, ServerState(what.initial(seed), what.layout, seed), grid, devices, clock)
+
+
+# ---- what tests ask of it --------------------------------------------------------------------------------------------
+
+
+def clients(done: Round) -> list[int]:
+    return sorted(report.order.client for report in done.reports)
+
+
+def idle(here: FlowerWorld) -> list[int]:
+    return here.fleet.idle().clients.tolist()
+
+
+def trained(here: FlowerWorld) -> list:
+    """Messages with orders."""
+    return [message for message in here.grid.sent if message.metadata.message_type == "train"]

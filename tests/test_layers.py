@@ -14,11 +14,11 @@ PACKAGE = ROOT / "fedprune"
 LAYERS = [
     "types errors random",
     "axes submodel",
-    "recommenders data objective exchange devices energy metrics ranking evaluation baselines warmstart",
-    "selection rates pruning codec gather merge",
-    "strategy catalog population training serving",
+    "recommenders data distill objective exchange devices energy metrics ranking evaluation baselines warmstart",
+    "selection rates pruning entries codec gather merge",
+    "strategy catalog population training teaching serving workload",
     "fleet",
-    "config record experiment snapshot simulation report",
+    "config record experiment snapshot simulation report export compress",
     "flower",
     "comparison cli __init__ __main__",
 ]

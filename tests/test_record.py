@@ -31,11 +31,23 @@ CHANGES = {
     "window": [],
     "adaptcl": ["adaptcl.interval=1"],
     "deadline": ["deadline.within=25.0"],
+    "lth_sad": ["lth_sad.every=3", "lth_sad.rewind=2"],  # pruned and rewound before versions 5, 8 and 11
+    "dpf": ["dpf.every=2"],
+    "lotteryfl": ["lotteryfl.above=0.2"],
+    "masked skip": ["skip.pace=1.2", "entries.kind=feedback", "entries.keep=0.4", "entries.every=1", "entries.through=true"],
 }
 
 
+PRUNED = {
+    "lth_sad": lambda said: [round(entry["kept"], 2) for entry in said] == [1.0] * 5 + [0.8] * 3 + [0.64] * 3 + [0.51],
+    "dpf": lambda said: said[0]["reactivated"] == 0 < max(entry["reactivated"] for entry in said),
+    "lotteryfl": lambda said: said[-1]["kept"] < said[3]["kept"] < 1 and said[-1]["pruned_clients"] > 10,
+}
+"""What the record says of the masks."""
+
+
 def _chosen(folder: Path, strategy: str):
-    return read(settings(folder), [f"strategy={strategy}", *CHANGES[strategy]])
+    return read(settings(folder), [f"strategy={strategy.split()[-1]}", *CHANGES[strategy]])
 
 
 def _run_until(folder: str, out: str, strategy: str, version: int) -> None:
@@ -62,8 +74,9 @@ def _content(folder: Path) -> dict:
 
 @pytest.mark.parametrize(
     ("strategy", "kills"),
-    [("fedavg", [0]), ("skip", [2, 4]), ("skip", [7]), ("window", [5]), ("adaptcl", [4, 9]), ("deadline", [3, 8])],
-)
+    [("fedavg", [0]), ("skip", [2, 4]), ("skip", [7]), ("window", [5]), ("adaptcl", [4, 9]), ("deadline", [3, 8]),
+     ("lth_sad", [7]), ("dpf", [4]), ("lotteryfl", [7]), ("masked skip", [5])],
+)  # fmt: skip
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, strategy: str, kills: list[int]) -> None:
     context = multiprocessing.get_context("spawn")
     for version in kills:
@@ -75,6 +88,10 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, strategy: str, 
     straight = run(_chosen(tmp_path, strategy), tmp_path / "straight")
     assert resumed == straight
     assert _content(tmp_path / "killed") == _content(tmp_path / "straight")
+    if strategy in PRUNED:
+        (folder,) = (tmp_path / "killed").glob("*/seed0")
+        said = [event["entries"] for event in RunRecord(folder).events() if event["version"] >= 0]
+        assert PRUNED[strategy](said), "nothing was masked"
 
 
 def test_a_line_cut_in_the_middle_is_dropped(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from fedprune.data import Interactions, Split, leave_one_out
 from fedprune.data.interactions import arrange
 from fedprune.devices import DeviceTable, FullReport, disturbed, linear
+from fedprune.entries.learned import LOGITS
 from fedprune.exchange import Order
 from fedprune.fleet import SerialFleet, VectorFleet, VirtualFleet
 from fedprune.objective import Objective
@@ -53,6 +54,11 @@ def split() -> Split:
             item_ids=[str(i) for i in range(ITEMS)],
         )
     )
+
+
+def silos_of_three() -> IntArray:
+    """Client of each user."""
+    return np.arange(USERS) // 3
 
 
 def train() -> Interactions:
@@ -104,15 +110,16 @@ def world(
     slowness: Sequence[float] | None = None,
 ) -> World:
     """A fresh world; equal arguments make equal ones."""
-    what = recommender(model)
+    strategy = strategy or Strategy()
+    what = strategy.entries.parametrise(recommender(model))
     clients = np.arange(USERS) if client_of_user is None else client_of_user
-    population = Population(train(), clients, what.layout, what.initial_private(seed))
+    population = Population(train(), clients, what.layout, what.initial_private(seed), held_out=split().validation)
     devices = linear(population.clients, sigma, average(what, population), seed=seed)
     if slowness is not None:
         devices = as_slow_as(devices, slowness)
     devices = disturbed(devices, noise=noise, availability=availability, dropout=dropout)
     made = FLEETS[fleet](what, population, devices, workload=workload)
-    return World(strategy or Strategy(), made, ServerState(what.initial(seed), what.layout, seed))
+    return World(strategy, made, ServerState(what.initial(seed), what.layout, seed))
 
 
 def as_slow_as(devices: DeviceTable, slowness: Sequence[float]) -> DeviceTable:
@@ -148,6 +155,11 @@ def order(here: World, client: int, ticket: int, *, submodel: Submodel | None = 
 def same(one: Tensors, other: Tensors) -> bool:
     """Bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def unmasked(tensors: Tensors) -> Tensors:
+    """Without the tensors that learn others' masks."""
+    return {name: tensor for name, tensor in tensors.items() if LOGITS not in name}
 
 
 def close(one: Tensors, other: Tensors, atol: float = 1e-5) -> bool:

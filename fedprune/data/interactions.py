@@ -23,7 +23,7 @@ class Interactions:
         name: of the data set, for tables.
         user: user numbers, int64 `[rows]`, ascending.
         item: item numbers, int64 `[rows]`.
-        rating: what the file says, float64 `[rows]`, or None. fedprune trains on the fact of an interaction, not on it.
+        rating: what the file says, float64 `[rows]`, or None. Only the task "ratings" trains on it; all else on the fact.
         time: float64 `[rows]`, seconds since 1970 where the file holds dates, else the file's own unit; or None.
         user_ids: the file's text for each user number. A part of a data set (a split) keeps the numbers of the whole,
             so a user or an item may have no row.

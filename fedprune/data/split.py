@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedprune.data.interactions import Interactions
-from fedprune.types import IntArray
+from fedprune.types import FloatArray, IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,11 +20,16 @@ class Split:
             tells the model what the answer is not, and was measured to lift a published method's NDCG from .32 to .48.
         validation: int64 `[users]`, item number or -1 for a user without one. Choose settings and rounds on it.
         test: likewise. Read it once.
+        validation_rating: what the file says of the validation item, float64 `[users]`, in the file's own unit (stars); NaN
+            for a user without one. None where the data have no ratings.
+        test_rating: likewise.
     """
 
     train: Interactions
     validation: IntArray
     test: IntArray
+    validation_rating: FloatArray | None = None
+    test_rating: FloatArray | None = None
 
     def seen_before_test(self) -> tuple[IntArray, IntArray]:
         """(user, item) pairs that are no candidates when the test item is ranked: train and validation."""
@@ -56,4 +62,19 @@ def leave_one_out(interactions: Interactions) -> Split:
         notes.append(f"{two:,} of {interactions.users:,} users have 2 interactions: a test item, no validation item.")
     if one := int((counts == 1).sum()):
         notes.append(f"{one:,} of {interactions.users:,} users have 1 interaction: they train and are not evaluated.")
-    return Split(interactions.part(keep, *notes), validation, test)
+    return Split(
+        interactions.part(keep, *notes),
+        validation,
+        test,
+        validation_rating=_rating_of(interactions, validated, last[validated] - 1),
+        test_rating=_rating_of(interactions, tested, last[tested]),
+    )
+
+
+def _rating_of(interactions: Interactions, users: NDArray[np.bool_], rows: IntArray) -> FloatArray | None:
+    """Rating of one row of each of `users` (bool `[users]`), float64 `[users]`, NaN elsewhere; None without ratings."""
+    if interactions.rating is None:
+        return None
+    rating = np.full(interactions.users, np.nan)
+    rating[users] = interactions.rating[rows]
+    return rating

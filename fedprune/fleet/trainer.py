@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fedprune.axes import Layout
+from fedprune.errors import FleetError
 from fedprune.exchange import Order, Updates
-from fedprune.population import STACK, Population, Private, private_columns
+from fedprune.objective import Objective
+from fedprune.population import STACK, Lister, Population, Private, private_columns
 from fedprune.random import keys
 from fedprune.recommenders import Recommender
-from fedprune.submodel import extract
-from fedprune.training import masks, received, train
-from fedprune.types import Tensors
+from fedprune.submodel import Submodel, extract
+from fedprune.teaching import Teacher, gates
+from fedprune.training import entry_masks, masks, narrower, received, train
+from fedprune.types import IntArray, Tensors
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Result:
     examples: int
     loss: float
     stack: Stack
+    gate: float | None = None
 
 
 Trainer = Callable[[Recommender, Population, Sequence[Order], Sequence[float]], list[Result]]
@@ -56,14 +61,18 @@ Cut = Callable[[Order, Layout], Tensors]
 """Where an order's cut model comes from."""
 
 
+Watch = Callable[[], AbstractContextManager[object]]
+"""Entered whenever the teacher is at work, for whoever measures its time apart from the training's."""
+
+
 def cut_here(order: Order, layout: Layout) -> Tensors:
     """Out of the full model, in this process."""
-    return extract(order.model, layout, order.submodel)
+    return extract(order.model, layout, order.submodel.units)
 
 
 def cut_already(order: Order, layout: Layout) -> Tensors:
-    """By the server: the order holds what its client received."""
-    return order.model
+    """By the server: the order holds what its client received, which is the whole model where that is to teach."""
+    return cut_here(order, layout) if teaches(order.objective) else order.model
 
 
 def one_by_one(
@@ -72,10 +81,11 @@ def one_by_one(
     orders: Sequence[Order],
     work: Sequence[float],
     cut: Cut = cut_here,
+    watch: Watch = nullcontext,
 ) -> list[Result]:
     """The reference: every client on its own."""
     pairs = zip(orders, work, strict=True)
-    return [_train_stack(recommender, population, [order], [share], cut)[0] for order, share in pairs]
+    return [_train_stack(recommender, population, [order], [share], cut, watch)[0] for order, share in pairs]
 
 
 @dataclass(frozen=True)
@@ -93,9 +103,10 @@ class Stacked:
         self, recommender: Recommender, population: Population, orders: Sequence[Order], work: Sequence[float]
     ) -> list[Result]:
         """Group by what is held, sort by examples (little padding then), cut into stacks."""
-        groups: dict[tuple[int, bytes, int], list[int]] = {}
+        groups: dict[tuple, list[int]] = {}
         for place, order in enumerate(orders):
-            groups.setdefault((id(order.model), order.submodel.held_key, id(order.objective)), []).append(place)
+            alike = id(order.model), order.submodel.units_key, order.submodel.through, id(order.objective)
+            groups.setdefault(alike, []).append(place)
         results: list[Result | None] = [None] * len(orders)
         for places in groups.values():
             clients = [orders[place].client for place in places]
@@ -108,27 +119,75 @@ class Stacked:
         return [result for result in results if result is not None]
 
 
+def teaches(objective: Objective) -> bool:
+    """Whether the whole model goes to the client, as a teacher of the submodel that is cut out of it there."""
+    return objective.distillation is not None and objective.distillation.teacher in ("local", "sent")
+
+
+def _teacher(recommender: Recommender, population: Population, order: Order) -> Teacher | None:
+    """A whole model that teaches; None without one (the client's past self is known when its cut is).
+
+    Raises:
+        FleetError: the teacher should be one from elsewhere, and there is none.
+    """
+    full = Submodel.full(recommender.layout)
+    if teaches(order.objective):
+        return Teacher(recommender, order.model, population.private.values, full)
+    if order.objective.distillation is None or order.objective.distillation.teacher != "given":
+        return None
+    if population.teacher is None:
+        raise FleetError('teacher "given": nobody gave one; it is for compressing a model that is trained already')
+    return Teacher(recommender, *population.teacher, full)
+
+
+def _watched(lister: Lister, watch: Watch) -> Lister:
+    def listed(users: IntArray, barred: Tensor) -> tuple[Tensor, Tensor]:
+        with watch():
+            return lister(users, barred)
+
+    return listed
+
+
 def _train_stack(
-    recommender: Recommender, population: Population, orders: list[Order], work: list[float], cut: Cut
+    recommender: Recommender,
+    population: Population,
+    orders: list[Order],
+    work: list[float],
+    cut: Cut,
+    watch: Watch = nullcontext,
 ) -> list[Result]:
     layout, first = recommender.layout, orders[0]
-    tickets = [order.ticket for order in orders]
+    objective, tickets = first.objective, [order.ticket for order in orders]
+    submodels = tuple(order.submodel for order in orders)
     share = None if all(w == 1.0 for w in work) else work
-    examples = population.draw([o.client for o in orders], tickets, first.objective, first.seed, share)
+    teacher, distillation = _teacher(recommender, population, first), objective.distillation
+    lister = _watched(teacher.lister(distillation.top), watch) if teacher and distillation and distillation.top else None
+    examples = population.draw([o.client for o in orders], tickets, objective, first.seed, share, lister)
     columns = private_columns(layout, first.submodel)
     private = population.take(examples.users, columns)
-    submodels = tuple(order.submodel for order in orders)
+    whole = cut(first, layout)
+    entries = entry_masks(layout, submodels, examples.rows)
+    model = received(layout, whole, examples, entries)
+    if distillation is not None:
+        teacher = teacher or Teacher(recommender, whole, population.private.values, first.submodel, entries)
+        with watch():
+            examples = replace(examples, lesson=teacher.lesson(distillation, examples))
+    gate = gates(recommender, population, submodels, whole, model, private.values, examples) if objective.gate else None
+    chance = recommender.chance
     trained = train(
-        recommender.score,
-        layout,
-        received(layout, cut(first, layout), examples),
+        recommender,
+        model,
         private,
         examples,
-        first.objective,
-        masks(layout, submodels),
-        keys(first.seed, "shuffle", tickets) if first.objective.batch is not None else None,
+        objective,
+        masks(layout, submodels, entries),
+        keys(first.seed, "shuffle", tickets) if objective.batch is not None else None,
+        seen=entries if first.submodel.through else {},
+        chance={} if chance is None else chance(first.version, keys(first.seed, "chance", tickets), examples.rows, model),
+        narrow=narrower(layout, first.submodel, objective.narrower) if objective.nested else {},
     )
     updates = Updates(submodels, examples.rows, examples.present, trained.update)
     stack = Stack(population, examples.users, examples.real_users, columns, trained.private)
     counts, losses = examples.count.int().tolist(), trained.loss.tolist()
-    return [Result(updates, place, counts[place], losses[place], stack) for place in range(len(orders))]
+    judged = [None] * len(orders) if gate is None else gate.tolist()
+    return [Result(updates, place, counts[place], losses[place], stack, judged[place]) for place in range(len(orders))]

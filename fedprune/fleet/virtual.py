@@ -16,6 +16,7 @@ from fedprune.fleet.trainer import Result, Stack, Stacked, Trainer, one_by_one
 from fedprune.population import Population
 from fedprune.recommenders import Recommender
 from fedprune.types import ClientId, Seconds, Ticket
+from fedprune.workload import Workload, workload
 
 PREFETCH = 1024
 """Orders trained together when the first of them is asked for."""
@@ -128,6 +129,7 @@ class VirtualFleet:
                     job.cost,
                     arrives,
                     job.work,
+                    gate=result.gate,
                 )
         if before is not None:
             self._clock = max(self._clock, before)
@@ -217,35 +219,38 @@ class VirtualFleet:
         rows = population.rows_of_client(objective).astype(float)
         if self.workload == "equal":
             examples, rows = np.full_like(examples, examples.mean()), np.full_like(rows, rows.mean())
-        per_example, down, up, parameters = (np.empty(len(orders)) for _ in range(4))
-        known: dict[tuple[bytes, int], tuple[float, int, int, int]] = {}
-        for i, order in enumerate(orders):
-            submodel = order.submodel
-            count = round(rows[order.client]) if order.rows == "touched" else population.items
-            if (submodel.key, count) not in known:
-                work = layout.work(submodel.widths, submodel.trained_widths)
-                alone = objective.private_steps * (work.forward + work.backward_inputs)
-                known[submodel.key, count] = (
-                    objective.epochs * (work.total + alone),
-                    layout.bytes(submodel.widths, count),
-                    layout.bytes(submodel.trained_widths, count),
-                    layout.parameters(submodel.widths, count),
-                )
-            per_example[i], down[i], up[i], parameters[i] = known[submodel.key, count]
-        flops = per_example * examples[clients]
-        sizes = [int(p) for p in parameters]
-        costs = self.devices.costs(clients, tickets, flops, down, up, sizes)
+        listed = population.listed_of_client(objective)
+        known: dict[tuple[bytes, ClientId | None], Workload] = {}
+        loads = []
+        for order in orders:
+            key = (order.submodel.key, None if self.workload == "equal" else order.client)
+            if key not in known:
+                known[key] = workload(
+                    layout, order.submodel, objective, examples=float(examples[order.client]),
+                    listed=int(listed[order.client]), items=population.items,
+                    rows=round(rows[order.client]) if order.rows == "touched" else population.items,
+                )  # fmt: skip
+            loads.append(known[key])
+        flops, teaching, down, up = (
+            np.array([getattr(load, name) for load in loads], float) for name in ("training", "teacher", "down", "up")
+        )
+        sizes = [load.parameters for load in loads]
+        costs = self.devices.costs(clients, tickets, flops, down, up, sizes, teaching)
         until = objective.until
         if until is None:
             return [1.0] * len(orders), costs
         until *= 1 - 1e-9  # so that rounding does not make it late for a deadline that is the same
         share = np.array(
             [
-                np.clip((until - c.seconds.download - c.seconds.upload) / max(c.seconds.training, 1e-12), 0.05, 1.0)
+                np.clip(
+                    (until - c.seconds.download - c.seconds.teacher - c.seconds.upload) / max(c.seconds.training, 1e-12),
+                    0.05,
+                    1.0,
+                )
                 for c in costs
             ]
         )
-        return share.tolist(), self.devices.costs(clients, tickets, flops * share, down, up, sizes)
+        return share.tolist(), self.devices.costs(clients, tickets, flops * share, down, up, sizes, teaching)
 
 
 def SerialFleet(

@@ -26,10 +26,10 @@ from flwr.serverapp.strategy import Strategy
 from fedprune.config import Settings
 from fedprune.errors import ConfigError, FleetError
 from fedprune.exchange import Lost, Order, Report
-from fedprune.flower.deployment import Deployment, catalogue_of, mean_quality, quality_of
+from fedprune.flower.deployment import Deployment, catalogue_of, mean_quality
 from fedprune.flower.fleet import Job
-from fedprune.flower.nodes import Answer, Nodes, in_words
-from fedprune.strategy import ServerState, arrival, ask, learn
+from fedprune.flower.nodes import Answer, Nodes
+from fedprune.strategy import ServerState, arrival, ask, learn, prepared
 from fedprune.types import Seconds, Tensors
 
 log = logging.getLogger(__name__)
@@ -69,8 +69,8 @@ class FlowerStrategy(Strategy):
         """Orders to everybody whom the strategy asks; `config` is not used, the settings say it all."""
         deployment = self._on(grid)
         state = replace(self._state or deployment.state, model=_tensors(arrays, deployment.state.model))
-        self._orders, pruning = ask(deployment.strategy, state, deployment.fleet.idle())
-        self._state, self._sent = replace(state, pruning=pruning), []
+        self._state, self._sent = prepared(deployment.strategy, state), []
+        self._orders = ask(deployment.strategy, self._state, deployment.fleet.idle())
         for order in self._orders:
             job, content = deployment.fleet.letter(order)
             node = deployment.crew.node_of(order.client)
@@ -83,16 +83,15 @@ class FlowerStrategy(Strategy):
         """Merge what came back; what is wrong with a reply is logged, and the others are merged."""
         deployment, state = self._deployment, self._state
         assert deployment is not None and state is not None
-        answers = {reply.metadata.reply_to_message_id: reply for reply in replies}
+        answers = {answer.message_id: answer for answer in map(Answer.of, replies)}
         reports: list[Report] = []
         lost: list[Lost] = []
         for message, job in self._sent:
-            reply = answers.get(message.metadata.message_id)
-            if reply is None:
+            answer = answers.get(message.metadata.message_id)
+            if answer is None:
                 lost.append(deployment.fleet.given_up(job, "too late"))
                 continue
-            failure = in_words(reply.error) if reply.has_error() else ""
-            event = deployment.fleet.report(job, Answer("", None if failure else reply.content, failure), polled=False)
+            event = deployment.fleet.report(job, answer, polled=False)
             if isinstance(event, Lost):
                 log.warning("%s", event.detail)
                 lost.append(event)
@@ -117,15 +116,7 @@ class FlowerStrategy(Strategy):
         """Means over users of what `deployment.Deployment.evaluate` measures, `validation-` and `test-`."""
         deployment = self._deployment
         assert deployment is not None
-        said = []
-        for reply in replies:
-            client = deployment.crew.client_of(reply.metadata.src_node_id)
-            try:
-                if client is None or reply.has_error():
-                    raise FleetError(in_words(reply.error) if reply.has_error() else "nobody has said who it is")
-                said.append(quality_of(reply.content, deployment.crew.facts[client].users))
-            except FleetError as error:
-                log.warning("client %s is not in the evaluation: %s", client, error)
+        said = list(deployment.said((reply.metadata.src_node_id, Answer.of(reply)) for reply in replies).values())
         figures: dict[str, Any] = {}
         for split in ("validation", "test"):
             figures |= {f"{split}-{name}": value for name, value in mean_quality(said, split).items()}

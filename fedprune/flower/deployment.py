@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ from flwr.serverapp import Grid
 
 from fedprune.config import Settings
 from fedprune.data import load
+from fedprune.distill import Distillation
 from fedprune.errors import ConfigError, FleetError
 from fedprune.exchange import Lost, Order
-from fedprune.experiment import Watcher, conduct, open_record, recommender_of, spread, strategy_of
+from fedprune.experiment import Watcher, conduct, open_record, plain_recommender, recommender_of, spread, strategy_of
 from fedprune.flower import wire
 from fedprune.flower.compat import wire_bytes
 from fedprune.flower.crew import Crew
 from fedprune.flower.fleet import FlowerFleet
-from fedprune.flower.nodes import PATIENCE_SECONDS, Nodes, spoken
+from fedprune.flower.nodes import PATIENCE_SECONDS, Answer, Nodes, spoken
 from fedprune.recommenders import Recommender
 from fedprune.record import Snapshot
 from fedprune.strategy import ServerState, Strategy
@@ -59,6 +60,7 @@ def deploy(
     settings = settings.only(settings.strategy)
     if settings.silos is None:
         raise ConfigError("silos is not set; on real devices it says how many there are (one SuperNode each)")
+    _possible(*settings.of(settings.strategy))
     catalogue = catalogue_of(settings)
     digest = hashlib.blake2b("\n".join(catalogue).encode(), digest_size=8).hexdigest()
     record = open_record(settings, folder, f"{digest} on {settings.silos} devices")
@@ -104,15 +106,20 @@ class Deployment:
     def of(
         cls, settings: Settings, nodes: Nodes, run: str, catalogue: Sequence[str], wait_seconds: Seconds = 300.0
     ) -> Deployment:
-        """Build the server's side; nobody is asked yet."""
+        """Build the server's side; nobody is asked yet.
+
+        Raises:
+            ConfigError: the strategy is none for real devices.
+        """
         own, arguments = settings.of(settings.strategy)
+        strategy = _possible(own, arguments)
         clients = own.silos or 1
         recommender = recommender_of(own, clients, len(catalogue))
         text, items = settings.to_json(), "\n".join(catalogue)
         crew = Crew(nodes, clients, len(catalogue), lambda: wire.write_numbers(run, text, items=items))
         fleet = FlowerFleet(crew, recommender.layout, run, text)
         state = ServerState(recommender.initial(own.seed), recommender.layout, own.seed)
-        return cls(own, strategy_of(own, arguments), recommender, crew, fleet, state, run, wait_seconds)
+        return cls(own, strategy, recommender, crew, fleet, state, run, wait_seconds)
 
     @property
     def clients(self) -> int:
@@ -124,7 +131,8 @@ class Deployment:
         self.crew.gather(self.wait_seconds)
         self.fleet.go_on_from(0.0)
         start = WarmStart(self.settings.warm_start, popularity_bias=self.settings.popularity_bias)
-        model = start.start(self.recommender, Apart(self, start.norm), self.state.model, self.settings.seed)
+        plain = plain_recommender(self.settings, self.clients, self.crew.items)
+        model = start.start(plain, Apart(self, start.norm), self.state.model, self.settings.seed)
         ended = self.fleet.now()
         self.state = ServerState(model, self.state.layout, self.state.seed)
         seconds = dict.fromkeys(("download", "loading", "training", "teacher", "upload"), 0.0)
@@ -167,30 +175,24 @@ class Deployment:
                 self.crew.nodes.pause()
                 contents = self.questions(state, silent)
             answers = self.crew.nodes.ask(contents, "evaluate", group=str(state.version), seconds=FINISH_SECONDS)
-        said: dict[ClientId, dict[str, float]] = {}
         for node, answer in answers.items():
             client = self.crew.client_of(node)
             if client is not None and answer.message_id and answer.error.startswith("no answer"):
                 self.fleet.expect(answer.message_id, client)
-            try:
-                if client is None or answer.content is None:
-                    raise FleetError(answer.error)
-                said[client] = quality_of(answer.content, self.crew.facts[client].users)
-            except FleetError as error:
-                log.warning("client %s is not in the evaluation: %s", client, error)
+        said = self.said(answers.items())
         averaged = {name: self._averaged(said, name) for name in ("validation", "test")}
         return averaged if all(averaged.values()) else {}
 
     def questions(self, state: ServerState, silent: Sequence[ClientId] = ()) -> dict[int, RecordDict]:
         """What idle clients are asked for an evaluation, by node: each with the submodel it would serve its users with."""
         roster, contents = self.fleet.idle(), {}
+        objective = replace(self.strategy.objective, distillation=None)  # nobody is taught, so the cut is all they need
         submodels = self.strategy.submodels(state, roster.clients, roster)
         for client, submodel in zip(roster.clients.tolist(), submodels, strict=True):
             node = self.crew.node_of(client)
             assert node is not None
             order = Order(
-                0, client, state.version, 1.0, submodel, self.strategy.objective, self.strategy.codec.rows, state.model,
-                state.seed,
+                0, client, state.version, 1.0, submodel, objective, self.strategy.codec.rows, state.model, state.seed,
             )  # fmt: skip
             contents[node] = wire.write_orders([order], state.layout, run=self.run, settings=self.fleet.settings)
             if client in silent and self.settings.listen_steps:
@@ -198,6 +200,19 @@ class Deployment:
                 assert isinstance(config, ConfigRecord)
                 config["listen"] = self.settings.listen_steps
         return contents
+
+    def said(self, answers: Iterable[tuple[int, Answer]]) -> dict[ClientId, dict[str, float]]:
+        """Quality by client, from what nodes answered to `questions`; who gave none that can be is logged."""
+        said: dict[ClientId, dict[str, float]] = {}
+        for node, answer in answers:
+            client = self.crew.client_of(node)
+            try:
+                if client is None or answer.content is None:
+                    raise FleetError(answer.error or "nobody has said who it is")
+                said[client] = quality_of(answer.content, self.crew.facts[client].users)
+            except FleetError as error:
+                log.warning("client %s is not in the evaluation: %s", client, error)
+        return said
 
     def _averaged(self, said: Mapping[ClientId, Mapping[str, float]], split: str) -> dict[str, float]:
         """Means over all evaluated users, and over those of the slowest quarter of the devices."""
@@ -222,6 +237,27 @@ class Deployment:
         self._moved["bytes_down"] += sum(map(wire_bytes, contents.values()))
         self._moved["bytes_up"] += sum(map(wire_bytes, answers.values()))
         return {nodes[node]: answer for node, answer in answers.items()}
+
+
+def _possible(settings: Settings, arguments: dict[str, Any]) -> Strategy:
+    """The strategy, if real devices can carry it out.
+
+    Raises:
+        ConfigError: its teacher knows what only simulations know.
+    """
+    strategy = strategy_of(settings, arguments)
+    match strategy.objective.distillation:
+        case Distillation(teacher="sent"):
+            raise ConfigError(
+                'teacher "sent" scores with private rows, and on real devices these never reach the server; take the teacher '
+                '"local", which scores on the device, or "past"'
+            )
+        case Distillation(teacher="given"):
+            raise ConfigError(
+                'teacher "given" is a model from elsewhere, and devices have none; take the teacher "local" or "past", or '
+                "simulate it with `fedprune run`"
+            )
+    return strategy
 
 
 FIGURES = [f"{name}_{protocol}" for protocol in ("full", "expected", "draw") for name in ("hr10", "ndcg10")]

@@ -6,7 +6,8 @@ import logging
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,21 +19,21 @@ from flwr.app import MetricRecord, RecordDict
 
 from fedprune import energy
 from fedprune.config import Settings
-from fedprune.data import Split, leave_one_out, load_own
-from fedprune.errors import ConfigError, DataError, FedpruneError, FleetError
+from fedprune.data import Split
+from fedprune.errors import ConfigError, FedpruneError, FleetError
 from fedprune.evaluation import average, quality, rank_held_out
 from fedprune.exchange import Order
-from fedprune.experiment import recommender_of
-from fedprune.fleet.trainer import cut_already, one_by_one
+from fedprune.fleet.trainer import Watch, cut_already, one_by_one
 from fedprune.flower import wire
 from fedprune.flower.store import Store, home, rows_of
 from fedprune.flower.transfers import POLLING_SECONDS, last_transfers
+from fedprune.flower.world import own_world, shared_world
 from fedprune.population import Population
 from fedprune.recommenders import Recommender
 from fedprune.serving import cut_scorer, listen
-from fedprune.simulation import clients_of, read_data
-from fedprune.types import IntArray, Seconds
+from fedprune.types import IntArray, Seconds, Tensors, Ticket
 from fedprune.warmstart import Gathered
+from fedprune.workload import Workload, workload
 
 log = logging.getLogger(__name__)
 PADDING_BYTES = 131_072
@@ -47,6 +48,7 @@ class Device:
         client: its number in the run (`partition-id` of the SuperNode's --node-config).
         split: this device's own interactions; or, without a `data` file of its own, a public data set of which the device
             trains on its share alone.
+        population: with the initial private rows, until `_recall` puts the stored ones there.
     """
 
     settings: Settings
@@ -77,17 +79,23 @@ class Device:
             raise FleetError(f'run "{run[:80]}" cannot be the name of a folder')
         own = str(Path(str(node_config["data"])).expanduser()) if "data" in node_config else None
         store = Store(home(node_config) / run, client)
-        if own is not None and (items := wire.read_option(content, "items", str, "")):
-            store.note(items=items)
-        settings, split, recommender, fresh = _world(text, own, store.facts().get("items", "") if own else "")
-        population = fresh.copy()  # the process may serve other runs and clients
+        if own is None:
+            world = shared_world(text)
+        else:
+            if items := wire.read_option(content, "items", str, ""):
+                store.note(items=items)
+            elif not (items := store.facts().get("items", "")):
+                raise FleetError(
+                    "this device has its own data and does not know the catalogue yet; the server's hello tells it"
+                )
+            world = own_world(text, own, items)
+        population = world.population.copy()  # the process may serve other runs and clients
         local = 0 if own else client
         if local >= population.clients:
             raise FleetError(f"partition-id is {client}; this run has clients 0 to {population.clients - 1}")
         users = population.users_of[local]
-        store = replace(store, users=tuple(split.train.user_ids[user] for user in users))
-        store.load(population, users)
-        return cls(settings, run, client, node_config, split, recommender, population, local, store)
+        store = replace(store, users=tuple(world.split.train.user_ids[user] for user in users))
+        return cls(world.settings, run, client, node_config, world.split, world.recommender, population, local, store)
 
     @property
     def users(self) -> IntArray:
@@ -98,6 +106,15 @@ class Device:
     def meter(self) -> energy.Meter | None:
         """What measures this device's joules, if anything can; `meter` in --node-config chooses."""
         return _meter(str(self.node_config.get("meter", "auto")))
+
+    def _recall(self, ticket: Ticket | None = None) -> Tensors:
+        """Put the stored private rows into the population; a copy of them.
+
+        Args:
+            ticket: about to be worked on.
+        """
+        self.store.load(self.population, self.users, ticket)
+        return rows_of(self.population, self.users)
 
     # ---- what a device can be asked for ------------------------------------------------------------------------------
 
@@ -140,7 +157,7 @@ class Device:
         if step == "spread":
             return wire.write_numbers(self.run, "", arrays={"sum": crowd.spread(basis)})
         name = wire.read_config(content, "tensor", str)
-        before = rows_of(self.population, self.users)
+        before = self._recall()
         crowd.place(name, basis)
         at = torch.from_numpy(self.users)
         self.population.private.values[name][at] = crowd.private[name][at]
@@ -159,21 +176,23 @@ class Device:
             if len(parcel.orders) != 1 or parcel.orders[0].client != self.client:
                 raise FleetError(f"client {self.client} got orders for {[order.client for order in parcel.orders]}")
             order = replace(parcel.orders[0], client=self.local)
-            self.store.load(self.population, self.users, order.ticket)
-            before = rows_of(self.population, self.users)
-        flops = self._flops(order)
-        work = self._work(order, flops, starting)
-        with spans("training"):
-            (result,) = one_by_one(self.recommender, self.population, [order], [work], cut_already)
+            before = self._recall(order.ticket)
+        load = self._load(order)
+        work = self._work(order, load, starting)
+        with _trained(spans) as lesson:
+            (result,) = one_by_one(self.recommender, self.population, [order], [work], cut_already, lesson)
             result.stack.settle([result.position])
         self.store.keep(before, self.population, self.users, order.ticket)
-        self.store.note(flops=flops * work / max(spans.of("training").seconds, 1e-6))
-        stack = wire.Stacked((order.ticket,), result.updates, (result.examples,), (result.loss,), (work,))
+        self.store.note(flops=load.training * work / max(spans.of("training").seconds, 1e-6))
+        stack = wire.Stacked(
+            (order.ticket,), result.updates, (result.examples,), (result.loss,), (work,), gates=wire.gates([result])
+        )
         return wire.write_reply(parcel, [stack], self.recommender.layout, self._measured(spans, starting))
 
     def evaluate(self, content: RecordDict) -> RecordDict:
         """Quality for this device's users, by the model it would serve them with."""
         (order,) = wire.read_orders(content, self.recommender.layout).orders
+        self._recall()
         steps = wire.read_option(content, "listen", int, 0)
         if steps and order.submodel.widths == self.recommender.layout.full:
             ears = replace(self.store, kind="listening")
@@ -202,41 +221,62 @@ class Device:
 
     # ---- its stopwatch -----------------------------------------------------------------------------------------------
 
-    def _flops(self, order: Order) -> float:
+    def _load(self, order: Order) -> Workload:
         """Of the whole order."""
-        work = self.recommender.layout.work(order.submodel.widths, order.submodel.trained_widths)
-        examples = self.population.examples_of_client(order.objective)[self.local]
-        alone = order.objective.private_steps * (work.forward + work.backward_inputs)
-        return float(order.objective.epochs * (work.total + alone) * examples)
+        population, objective = self.population, order.objective
+        return workload(
+            self.recommender.layout, order.submodel, objective, rows=population.items, items=population.items,
+            examples=float(population.examples_of_client(objective)[self.local]),
+            listed=int(population.listed_of_client(objective)[self.local]),
+        )  # fmt: skip
 
-    def _work(self, order: Order, flops: float, elapsed: Seconds) -> float:
+    def _work(self, order: Order, load: Workload, elapsed: Seconds) -> float:
         """Share of the examples that fits before the order's time limit, by the speed of the last order."""
         until, facts = order.objective.until, self.store.facts()
         if until is None or "flops" not in facts:
             return 1.0
         network = sum(transfer.seconds for transfer in last_transfers().values())
         left = until - elapsed - network - POLLING_SECONDS  # or whoever needs the limit would always be too late
-        return float(np.clip(left * facts["flops"] / flops, 0.05, 1.0))
+        return float(np.clip((left * facts["flops"] - load.teacher) / load.training, 0.05, 1.0))
 
     def _measured(self, spans: energy.Spans, starting: Seconds) -> dict[str, Any]:
         """Seconds and raw joules by part, as far as this device can tell."""
-        loading, training = spans.of("loading"), spans.of("training")
+        loading, training, teacher = (spans.of(part) for part in ("loading", "training", "teacher"))
         figures: dict[str, Any] = {
-            "seconds-loading": loading.seconds + starting, "seconds-training": training.seconds, "seconds-teacher": 0.0,
-        }  # fmt: skip
+            "seconds-loading": loading.seconds + starting,
+            "seconds-training": training.seconds,
+            "seconds-teacher": teacher.seconds,
+        }
         known = dict(self.store.facts()) | dict(self.node_config)
         if "watts-idle" in known:
             figures["watts-idle"] = _number(known, "watts-idle", least=0.0)
-        if loading.joules is not None and training.joules is not None:
+        if loading.joules is not None and training.joules is not None and teacher.joules is not None:
             # Before this program could read the meter, the device drew at least what it draws at rest.
             unseen = starting * figures.get("watts-idle", 0.0)
-            figures |= {"joules-loading": loading.joules + unseen, "joules-training": training.joules, "joules-teacher": 0.0}
+            figures |= {"joules-loading": loading.joules + unseen}
+            figures |= {"joules-training": training.joules, "joules-teacher": teacher.joules}
         moved = last_transfers()
         if "download" in moved:
             figures["seconds-download"] = moved["download"].seconds
         if "upload" in moved and moved["upload"].seconds > 0:
             figures["upload-bytes-per-second"] = moved["upload"].bytes / moved["upload"].seconds
         return figures
+
+
+@contextmanager
+def _trained(spans: energy.Spans) -> Iterator[Watch]:
+    """Accounts what happens inside to the training, but to the teacher what happens inside of what this gives."""
+    with ExitStack() as training:
+        training.enter_context(spans("training"))
+
+        @contextmanager
+        def lesson() -> Iterator[None]:
+            training.close()
+            with spans("teacher"):
+                yield
+            training.enter_context(spans("training"))
+
+        yield lesson
 
 
 def perform(action: str, content: RecordDict, node_config: Mapping[str, Any], starting: Seconds) -> RecordDict:
@@ -266,26 +306,6 @@ def perform(action: str, content: RecordDict, node_config: Mapping[str, Any], st
         # Words of other errors may quote a user's data, and errors are sent to the server.
         log.exception("%s failed", action)
         raise FleetError(f"{type(error).__name__}; the device's log says more") from None
-
-
-@lru_cache(maxsize=4)
-def _world(text: str, own: str | None, items: str) -> tuple[Settings, Split, Recommender, Population]:
-    """Data and recommender of a run; read once per process."""
-    base = Settings.from_json(text)
-    settings, _ = base.of(base.strategy)
-    if own is None:
-        split = read_data(settings)
-        owner = clients_of(settings, split.train)
-    else:
-        if not items:
-            raise FleetError("this device has its own data and does not know the catalogue yet; the server's hello tells it")
-        split = leave_one_out(load_own(Path(own), items.split("\n")))
-        owner = np.zeros(split.train.users, dtype=np.int64)
-    if not split.train.rows:
-        raise DataError(f"{own or settings.data} leaves nothing to train on")
-    recommender = recommender_of(settings, split.train.users, split.train.items)
-    private = recommender.initial_private(settings.seed)
-    return settings, split, recommender, Population(split.train, owner, recommender.layout, private)
 
 
 @lru_cache(maxsize=1)

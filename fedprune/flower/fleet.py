@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,9 @@ from fedprune.flower.compat import wire_bytes
 from fedprune.flower.crew import Crew
 from fedprune.flower.nodes import PATIENCE_SECONDS, Answer
 from fedprune.flower.transfers import POLLING_SECONDS
+from fedprune.submodel import Submodel
 from fedprune.types import ClientId, Seconds, Ticket
+from fedprune.workload import Workload, workload
 
 log = logging.getLogger(__name__)
 SLACK_SECONDS = 5.0
@@ -177,13 +179,13 @@ class FlowerFleet:
 
         What has come in but was not asked for yet (a gather that wants only so many) is given up too.
         """
-        given_up = set(tickets)
-        lost = [_given_up(event, "too late") for event in self._arrived if event.order.ticket in given_up]
-        self._arrived = [event for event in self._arrived if event.order.ticket not in given_up]
+        unwanted = set(tickets)
+        lost = [_unmerged(event, "too late") for event in self._arrived if event.order.ticket in unwanted]
+        self._arrived = [event for event in self._arrived if event.order.ticket not in unwanted]
         for job in self._jobs.values():
-            if job.order.ticket in given_up:
+            if job.order.ticket in unwanted:
                 job.wanted = False
-                lost.append(Lost(job.order, "too late", self._spent(job)))
+                lost.append(self.given_up(job, "too late"))
         return lost
 
     # ---- beyond the verbs --------------------------------------------------------------------------------------------
@@ -212,18 +214,20 @@ class FlowerFleet:
         """
         arrived, order = self.now(), job.order
         if answer.content is None:
-            return Lost(order, "failed", self._spent(job), f"client {order.client}: {answer.error}")
+            return self.given_up(job, "failed", answer.error)
         try:
             (stack,) = wire.read_reply(answer.content, [order], self.layout, self.run)
             self._credible(order, stack)
             size = self.guard.size(stack.updates, self._sizes)
             cost = self._cost(job, answer.content, stack, arrived if polled else None)
         except FleetError as error:
-            return Lost(order, "refused", self._spent(job), f"client {order.client}: {error}")
+            return self.given_up(job, "refused", str(error))
         if size[0] > 0:  # updates of nothing say nothing of what is usual
             self._sizes = [*self._sizes[-49:], size]
-        self.full_seconds.setdefault(order.client, cost.seconds.total / max(1e-9, self._share(order)))
-        return Report(order, stack.updates, 0, stack.examples[0], stack.losses[0], cost, arrived, stack.work[0])
+        share = self._share(order, stack.examples[0])
+        self.full_seconds.setdefault(order.client, cost.seconds.total / max(1e-9, share))
+        gate = None if stack.gates is None else stack.gates[0]
+        return Report(order, stack.updates, 0, stack.examples[0], stack.losses[0], cost, arrived, stack.work[0], gate=gate)
 
     def expect(self, message_id: str, client: ClientId) -> None:
         """A client owes an answer that nobody waits for any longer; it is busy until then."""
@@ -235,8 +239,8 @@ class FlowerFleet:
 
     def unfinished(self) -> list[Lost]:
         """Wanted orders still on their way, or not merged yet."""
-        waiting = [_given_up(event, "unfinished") for event in self._arrived]
-        return waiting + [Lost(job.order, "unfinished", self._spent(job)) for job in self._jobs.values() if job.wanted]
+        waiting = [_unmerged(event, "unfinished") for event in self._arrived]
+        return waiting + [self.given_up(job, "unfinished") for job in self._jobs.values() if job.wanted]
 
     def wait_until_idle(self, seconds: Seconds) -> None:
         """Let devices finish what they are at, but no longer than this."""
@@ -295,10 +299,21 @@ class FlowerFleet:
             if ping is not None:
                 self._pings[ping] = client
 
-    def _share(self, order: Order) -> float:
-        """Of the full model's FLOPs."""
-        layout, submodel = self.layout, order.submodel
-        return layout.work(submodel.widths, submodel.trained_widths).total / layout.work(layout.full, layout.full).total
+    def _load(self, order: Order, examples: int) -> Workload:
+        """What an order asked of its device, which has trained on so many examples."""
+        distillation, facts = order.objective.distillation, self.crew.facts[order.client]
+        return workload(
+            self.layout, order.submodel, order.objective, examples=examples, rows=self.layout.items, items=self.layout.items,
+            listed=0 if distillation is None else distillation.top * facts.users,
+        )  # fmt: skip
+
+    def _share(self, order: Order, examples: int) -> float:
+        """Of the FLOPs of the full model, which needs no teacher."""
+        whole = replace(
+            order, submodel=Submodel.full(self.layout), objective=replace(order.objective, distillation=None, nested=0.0)
+        )
+        own = self._load(order, examples)
+        return (own.training + own.teacher) / self._load(whole, examples).training
 
     def _cost(self, job: Job, content: RecordDict, stack: wire.Stacked, arrived: Seconds | None) -> Cost:
         """Measured by the device where it can, by the server where only it can."""
@@ -310,7 +325,8 @@ class FlowerFleet:
             raise FleetError(f"reports {own:.1f} s of work within {passed:.1f} s")
         # What neither the work nor Flower's polling explains is the network's; both directions by their bytes. By the
         # fleet's clock, since a report may have lain there while we evaluated.
-        network = 0.0 if arrived is None else max(0.0, arrived - job.sent - own - POLLING_SECONDS)
+        elapsed = 0.0 if arrived is None else arrived - job.sent - POLLING_SECONDS
+        network = max(0.0, elapsed - own)
         download = network * job.bytes_down / (job.bytes_down + bytes_up)
         upload = network - download
         if "seconds-download" in figures:
@@ -322,23 +338,21 @@ class FlowerFleet:
                 download = max(0.0, network - upload)
         # Silence must not make a device look fast: who explains less than half of the time answers for the rest too. (Above
         # that we believe it. A report can lie behind another one's slow upload, since Flower pulls them one by one.)
-        passed_for_us = 0.0 if arrived is None else arrived - job.sent - POLLING_SECONDS
         explained = own + download + upload
-        if explained < passed_for_us / 2:
-            upload += passed_for_us - explained
+        if explained < elapsed / 2:
+            upload += elapsed - explained
         joules = None
         if "joules-training" in figures:
             known = {part: _measure(figures, f"joules-{part}") for part in ("loading", "training", "teacher")}
             joules = Split(download=math.nan, upload=math.nan, **known)
-        work = self.layout.work(order.submodel.widths, order.submodel.trained_widths)
-        rows = next(axis.size for axis in self.layout.axes.values() if axis.touched)
+        load = self._load(order, stack.examples[0])
         return Cost(
             Split(download=download, upload=upload, **seconds),
             joules,
             job.bytes_down,
             bytes_up,
-            work.total * stack.examples[0] * order.objective.epochs,
-            self.layout.parameters(order.submodel.widths, rows),
+            load.training + load.teacher,
+            load.parameters,
             _measure(figures, "watts-idle") if "watts-idle" in figures else None,
             "measured",
         )
@@ -348,15 +362,16 @@ class FlowerFleet:
         parts = Split(0.0, self._passed(job), 0.0, 0.0)
         return Cost(parts, None, job.bytes_down, 0, 0.0, 0, source="measured")
 
-    def given_up(self, job: Job, reason: Any) -> Lost:
+    def given_up(self, job: Job, reason: Any, why: str | None = None) -> Lost:
         """An order that nobody waits for any longer."""
-        return Lost(job.order, reason, self._spent(job))
+        detail = "" if why is None else f"client {job.order.client}: {why}"
+        return Lost(job.order, reason, self._spent(job), detail)
 
-    def _lose(self, job: Job, reason: Any, detail: str) -> None:
-        self._arrived.append(Lost(job.order, reason, self._spent(job), f"client {job.order.client}: {detail}"))
+    def _lose(self, job: Job, reason: Any, why: str) -> None:
+        self._arrived.append(self.given_up(job, reason, why))
 
 
-def _given_up(event: Report | Lost, reason: Any) -> Lost:
+def _unmerged(event: Report | Lost, reason: Any) -> Lost:
     """What has come in, but is not to be merged."""
     return event if isinstance(event, Lost) else Lost(event.order, reason, event.cost)
 

@@ -26,6 +26,12 @@ class Answer:
     content: RecordDict | None
     error: str = ""
 
+    @classmethod
+    def of(cls, reply: Message) -> Answer:
+        """What a reply says."""
+        asked = reply.metadata.reply_to_message_id
+        return cls(asked, None, in_words(reply.error)) if reply.has_error() else cls(asked, reply.content)
+
 
 class Nodes:
     """A grid with its own poll loop.
@@ -77,10 +83,7 @@ class Nodes:
             if identifier not in wanted:
                 continue  # answers something else, or the same once more
             del wanted[identifier]
-            if reply.has_error():
-                answers.append(Answer(identifier, None, in_words(reply.error)))
-            else:
-                answers.append(Answer(identifier, reply.content))
+            answers.append(Answer.of(reply))
         return answers
 
     def pause(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from flwr.app import RecordDict
@@ -17,19 +16,16 @@ from torch import Tensor
 
 from fedprune.axes import Layout
 from fedprune.config import Settings
-from fedprune.errors import FleetError
+from fedprune.errors import ConfigError, FleetError
 from fedprune.exchange import Order
-from fedprune.experiment import recommender_of
 from fedprune.fleet.trainer import Result, Stack, Stacked, cut_already, one_by_one
 from fedprune.flower import wire
 from fedprune.flower.nodes import Nodes, dealt, spoken
-from fedprune.population import Population, Private, private_columns
+from fedprune.flower.world import shared_world
+from fedprune.population import MOMENTS, Population, Private, private_columns
 from fedprune.recommenders import Recommender
-from fedprune.simulation import clients_of, read_data
 from fedprune.submodel import Submodel
 from fedprune.types import Tensors
-
-MOMENTS = ("values", "first", "second")
 
 
 @dataclass(frozen=True)
@@ -50,12 +46,19 @@ class OnNodes:
 
         Raises:
             FleetError: a node failed; in a simulation nobody else's data would do instead.
+            ConfigError: nodes know no teacher from elsewhere.
         """
-        layout = recommender.layout
+        for order in orders[:1]:
+            if order.objective.distillation is not None and order.objective.distillation.teacher == "given":
+                raise ConfigError(
+                    'teacher "given" is a model from elsewhere, and Flower\'s nodes have none; run it with `fedprune run`, or '
+                    'take the teacher "local", "sent" or "past"'
+                )
+        layout, settings = recommender.layout, self.settings.to_json()
         hands = dealt(len(orders), self.nodes.wait_for(1, 60.0))
         contents = {
             node: wire.write_orders(
-                [orders[place] for place in hand], layout, run=self.run, settings=self.settings.to_json(),
+                [orders[place] for place in hand], layout, run=self.run, settings=settings,
                 work=[work[place] for place in hand],
                 private=torch.cat([_rows(population, orders[place].client) for place in hand]),
             )
@@ -74,15 +77,17 @@ class OnNodes:
             for stack in stacks:
                 kept = _stack(population, stack, [clients[ticket] for ticket in stack.tickets])
                 for place, ticket in enumerate(stack.tickets):
-                    results[ticket] = Result(stack.updates, place, stack.examples[place], stack.losses[place], kept)
+                    gate = None if stack.gates is None else stack.gates[place]
+                    results[ticket] = Result(stack.updates, place, stack.examples[place], stack.losses[place], kept, gate)
         return [results[order.ticket] for order in orders]
 
 
 def serve(content: RecordDict) -> RecordDict:
     """A node's side: train the orders with the rows that came along, and send both back."""
     torch.set_num_threads(1)  # the tensors are small, and sums keep their order
-    recommender, population = _world(wire.read_config(content, "settings", str))
-    layout = recommender.layout
+    world = shared_world(wire.read_config(content, "settings", str))
+    recommender, layout = world.recommender, world.recommender.layout
+    population = world.population.copy()  # the process may serve other runs
     parcel = wire.read_orders(content, layout)
     assert parcel.private is not None
     _put(population, [order.client for order in parcel.orders], parcel.private)
@@ -105,19 +110,10 @@ def serve(content: RecordDict) -> RecordDict:
                 tuple(result.loss for result in own),
                 tuple(parcel.work[place] for place in places),
                 _trained(own[0].stack),
+                wire.gates(own),
             )
         )
     return wire.write_reply(parcel, written, layout)
-
-
-@lru_cache(maxsize=4)
-def _world(settings: str) -> tuple[Recommender, Population]:
-    """Data and recommender of a run; read once per process."""
-    chosen = Settings.from_json(settings)
-    train = read_data(chosen).train
-    own, _ = chosen.of(chosen.strategy)
-    recommender = recommender_of(own, train.users, train.items)
-    return recommender, Population(train, clients_of(own, train), recommender.layout, recommender.initial_private(own.seed))
 
 
 # ---- private rows as one flat tensor: per user its values, first and second moments of every tensor, and its steps ------

@@ -19,11 +19,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from fedprune.population import Population
+from fedprune.population import MOMENTS, Population
 from fedprune.record import save, write
 from fedprune.types import IntArray, Tensors, Ticket
-
-MOMENTS = ("values", "first", "second")
 
 
 def home(node_config: Mapping[str, Any]) -> Path:

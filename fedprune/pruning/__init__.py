@@ -40,6 +40,34 @@ class Leading:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """All units whatever the rate: for strategies whose rates speak of entries."""
+
+    def prepare(self, memory: Memory, model: Tensors, layout: Layout) -> Memory:
+        """Nothing."""
+        return memory
+
+    def carve(self, memory: Memory, layout: Layout, client: ClientId, version: Version, rate: Rate) -> Submodel:
+        """Everything."""
+        return _prefix(layout, 1.0)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A submodel that was decided elsewhere, the same for everybody at any rate."""
+
+    submodel: Submodel
+
+    def prepare(self, memory: Memory, model: Tensors, layout: Layout) -> Memory:
+        """Nothing."""
+        return memory
+
+    def carve(self, memory: Memory, layout: Layout, client: ClientId, version: Version, rate: Rate) -> Submodel:
+        """What was given."""
+        return self.submodel
+
+
+@dataclass(frozen=True)
 class Window:
     """Hold everything, train a window: `width` neighbouring units from an offset of the client's own, moving each version.
 

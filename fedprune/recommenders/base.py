@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedprune.axes import Layout
 from fedprune.random import stream
-from fedprune.types import Tensors
+from fedprune.types import Tensors, Version
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,19 @@ class Recommender:
             holds: shared ones `[clients, ...]`, touched ones gathered per example `[clients, batch, ...]`, private ones
             `[clients, batch or 1, ...]`.
         scale: standard deviation of the initial embeddings.
+        activity: tensors -> |h|^2 of what the last layer reads, `[clients, batch]`, for attention transfer.
+        chance: random tensors of an order, `(version, keys uint64 [clients], rows, cut) -> Tensors`, given to the score beside
+            the model while it is trained, and never while it is served.
+        penalty: what the model's own tensors add to the loss, tensors -> `[clients]`.
     """
 
     name: str
     layout: Layout
     score: Callable[[Tensors], Tensor]
     scale: float = 0.05
+    activity: Callable[[Tensors], Tensor] | None = None
+    chance: Callable[[Version, np.ndarray, Tensor, Tensors], Tensors] | None = None
+    penalty: Callable[[Tensors], Tensor] | None = None
 
     def initial(self, seed: int) -> Tensors:
         """Shared and touched tensors before training: normal embeddings, Kaiming-uniform matrices, zero vectors."""

@@ -20,8 +20,13 @@ def mf(*, users: int, items: int, latent: int = 32, scale: float = 0.05) -> Reco
         item_embedding="item latent",
         item_bias="item",
     )
-    return Recommender("mf", layout, _score, scale)
+    return Recommender("mf", layout, _score, scale, _activity)
 
 
 def _score(tensors: Tensors) -> Tensor:
     return dot(tensors["user_embedding"], tensors["item_embedding"]) + tensors["item_bias"]
+
+
+def _activity(tensors: Tensors) -> Tensor:
+    """|p_u * q_i|^2."""
+    return dot(tensors["user_embedding"] ** 2, tensors["item_embedding"] ** 2)

@@ -54,16 +54,22 @@ def _ncf(name: str, users: int, items: int, latent: int, hidden: tuple[int, ...]
     words |= {"output_weight": f"1 {'+'.join(last)}", "item_bias": "item"}
     depth = len(hidden)
 
-    def score(tensors: Tensors) -> Tensor:
-        features = []
+    def features(tensors: Tensors) -> Tensor:
+        parts = []
         if product:
-            features.append(tensors["user_embedding"] * tensors["item_embedding"])
+            parts.append(tensors["user_embedding"] * tensors["item_embedding"])
         if tower:
-            features.append(_tower(tensors, depth))
-        weight = tensors["output_weight"].squeeze(-2)  # [clients, features]
-        return (torch.cat(features, -1) @ weight.unsqueeze(-1)).squeeze(-1) + tensors["item_bias"]
+            parts.append(_tower(tensors, depth))
+        return torch.cat(parts, -1)
 
-    return Recommender(name, Layout.of(axes, **words), score, scale)
+    def score(tensors: Tensors) -> Tensor:
+        weight = tensors["output_weight"].squeeze(-2)  # [clients, features]
+        return (features(tensors) @ weight.unsqueeze(-1)).squeeze(-1) + tensors["item_bias"]
+
+    def activity(tensors: Tensors) -> Tensor:
+        return (features(tensors) ** 2).sum(-1)
+
+    return Recommender(name, Layout.of(axes, **words), score, scale, activity)
 
 
 def _tower(tensors: Tensors, depth: int) -> Tensor:

@@ -16,7 +16,8 @@ def summarise(
 ) -> dict[str, Any]:
     """What a run came to.
 
-    Test quality is read at the round that validation chose (best NDCG@10 in the exact 1+99 protocol). Times, energy and
+    Test quality is read at the round that validation chose (best NDCG@10 in the exact 1+99 protocol), among those with the
+    final ticket where a mask shrinks on the way. Times, energy and
     bytes are totals over the whole run, the warm start included; `seconds_to_target` is when an evaluation first met it.
 
     Returns:
@@ -26,7 +27,9 @@ def summarise(
     evaluated = [event for event in events if "evaluation" in event]
     if not evaluated:
         raise RecordError("the run was never evaluated: no device could be asked; start it again when some are there")
-    best = max(evaluated, key=lambda e: e["evaluation"]["validation"]["ndcg10_expected"])
+    kept = [event.get("entries", {}).get("kept", 1.0) for event in evaluated]
+    smallest = [event for event, share in zip(evaluated, kept, strict=True) if share <= min(kept) + 1e-6]
+    best = max(smallest, key=lambda e: e["evaluation"]["validation"]["ndcg10_expected"])
     test = best["evaluation"]["test"]
     target = settings.get("target")
     reached = [e for e in evaluated if target is not None and e["evaluation"]["validation"]["ndcg10_expected"] >= target]
@@ -49,6 +52,7 @@ def summarise(
         "waiting_share": seconds["waiting"] / total if total else 0.0,
         "mean_rate": sum(e["mean_rate"] * e["reports"] for e in rounds if e["reports"]) / reports if reports else None,
         "mean_round_seconds": (rounds[-1]["ended"] - rounds[0]["began"]) / len(rounds) if rounds else None,
+        "kept_entries": min(kept),
         "best_round": best["version"] + 1,
         "seconds_to_best": best["ended"],
         "target": target,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,31 @@ def test_a_submodel_scores_like_the_full_model_with_dropped_units_zeroed(name: s
     torch.testing.assert_close(*both, atol=1e-5, rtol=1e-5)
     if rate < 1:
         assert not torch.allclose(both[0], scores(what, model, private, users, items), atol=1e-3)
+
+
+@every_recommender
+def test_a_masked_submodel_scores_like_the_full_model_with_these_entries_zeroed(name: str):
+    what, rng = recommender(name), np.random.default_rng(2)
+    model, private = drawn(what)
+    units = Leading().carve({}, what.layout, 0, 0, 0.75)
+    masks = {key: rng.random(what.layout.shape(key)) < 0.6 for key in what.layout.named("touched", "shared")}
+    submodel = replace(units, entries=masks)
+    zeroed = {key: torch.zeros_like(t) for key, t in (model | private).items()}
+    scatter(zeroed, what.layout, units, extract(model | private, what.layout, units))
+    zeroed |= {key: zeroed[key] * torch.from_numpy(mask) for key, mask in masks.items()}
+    cut = extract(model | private, what.layout, submodel)
+    users, items = np.array([0, 5, 23]), torch.tensor([[0, 7, 39], [1, 1, 2], [38, 3, 9]])
+    both = [
+        scores(what, {k: tensors[k] for k in model}, {k: tensors[k] for k in private}, users, items)
+        for tensors in (cut, zeroed)
+    ]
+    torch.testing.assert_close(*both, atol=1e-5, rtol=1e-5)
+    whole = extract(model | private, what.layout, units)
+    assert not torch.allclose(
+        both[0], scores(what, {k: whole[k] for k in model}, {k: whole[k] for k in private}, users, items), atol=1e-3
+    )
+    served = scorer(what, model, private, [submodel] * USERS)(users).gather(1, items)
+    torch.testing.assert_close(served, both[0], atol=1e-4, rtol=1e-5)
 
 
 @every_recommender

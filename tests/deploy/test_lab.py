@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from signalled import signalled
 
 from fedprune.errors import ConfigError, FleetError
 from fedprune.flower.processes import until
@@ -155,15 +156,9 @@ with lab({{"phone": Limits(cpus=0.5)}}):
     print("up", flush=True)
     time.sleep(60)
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "up\n"
-        name = f"fedprune-{process.pid}-"
+    with signalled(code, number, 10) as pid:
+        name = f"fedprune-{pid}-"
         assert len(traces(name)) == 3
-        process.send_signal(number)
-        assert process.wait(10) != 0
     assert traces(name) == []
 
 

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from signalled import signalled
 
 from fedprune.errors import FleetError
 from fedprune.flower import processes
@@ -160,14 +161,8 @@ with stage(Path({str(tmp_path)!r})) as scene:
     print("up", flush=True)
     time.sleep(60)
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "up\n"
+    with signalled(code, number, 15):
         assert until(lambda: len(processes.marked("signalled")) == 1, 5)
-        process.send_signal(number)
-        assert process.wait(15) != 0
     assert processes.marked("signalled") == {}
 
 

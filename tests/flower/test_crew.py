@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from flower_world import FlowerWorld, flower_world
+from flower_world import clients, flower_world, idle, trained
 from flwr.app import Error, RecordDict
 from world import same
 
 from fedprune.errors import FleetError
 from fedprune.exchange import Lost, Report
 from fedprune.flower.crew import AGAIN_SECONDS
-from fedprune.strategy import Round
 
 near = lambda seconds: pytest.approx(seconds, abs=0.4)  # noqa: E731
-
-
-def clients(done: Round) -> list[int]:
-    return sorted(report.order.client for report in done.reports)
-
-
-def idle(here: FlowerWorld) -> list[int]:
-    return here.fleet.idle().clients.tolist()
-
-
-def trained(here: FlowerWorld) -> list:
-    """Messages with orders."""
-    return [message for message in here.grid.sent if message.metadata.message_type == "train"]
 
 
 def _told(content: RecordDict, record: str, **values: float) -> RecordDict:
@@ -96,7 +82,7 @@ def test_two_nodes_cannot_be_the_same_client():
         (lambda content: RecordDict(), 'field "config" is missing'),
         (lambda content: _told(content, "config", client=17), "client 17; this run has 0 to 3"),
         (lambda content: _told(content, "config", client=-1), "client -1"),
-        (lambda content: _told(content, "config", format=2), 'field "format"'),
+        (lambda content: _told(content, "config", format=99), 'field "format"'),
         (lambda content: _told(content, "metrics", items=41), "41 items, the server's has 40"),
         (lambda content: _told(content, "metrics", flops=0.0), "what cannot be"),
         (lambda content: _told(content, "metrics", flops=float("nan")), 'field "flops"'),

@@ -14,11 +14,15 @@ from files import interactions
 from files import settings as settings_file
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from grid import Clock, ClockGrid
+from meters import Hand
 from safetensors import safe_open
 from world import same
 
+from fedprune import teaching
 from fedprune.config import Settings, read
-from fedprune.errors import FleetError
+from fedprune.energy import Spans
+from fedprune.errors import ConfigError, FleetError
+from fedprune.fleet import trainer
 from fedprune.flower import client_app, device
 from fedprune.flower.deployment import Deployment, catalogue_of, deploy
 from fedprune.flower.nodes import Nodes
@@ -154,6 +158,82 @@ def test_it_is_the_run_that_was_simulated(tmp_path: Path, strategy: str, model: 
         assert apart[split]["users"] == (read_data(chosen).test >= 0).sum()
         for figure in ("hr10_full", "ndcg10_full", "hr10_expected", "ndcg10_expected"):
             assert apart[split][figure] == pytest.approx(central[split][figure], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["strategy=ss_sad", "ss_sad.every=1", "ss_sad.rewind=1"],
+        ["strategy=dpf", "dpf.every=1", "dpf.keep=0.5"],
+        ["strategy=lotteryfl", "lotteryfl.above=0"],
+        ["strategy=dpp"],
+        ["strategy=heterofl", 'distillation={teacher="past",weight=0.5}', "epochs=2", "nested=0.2"],
+    ],
+    ids=["narrow, masked and taught", "masked", "gated", "learned", "past"],
+)
+@pytest.mark.parametrize("rows", ["table", "touched"])
+def test_masks_and_lessons_are_those_that_were_simulated(tmp_path: Path, changes: list[str], rows: str):
+    chosen = settings(tmp_path, "recommender=neumf", "hidden=[8,4]", f"rows={rows}", *changes)
+    chosen = chosen.only(chosen.strategy)
+    simulated = prepare(chosen, read_data(chosen))
+    slowness = [float(s) for s in simulated.fleet.devices.slowness]
+    lab = Lab(tmp_path, {client: {"slowness": slow} for client, slow in enumerate(slowness)})
+    deployed = Deployment.of(chosen, lab.nodes(), "run", catalogue_of(chosen), 30.0)
+    here, (there, _) = simulated.state, deployed.begin()
+    assert same(here.model, there.model), "the warm start is another"
+    for _ in range(4):
+        here, mine = one_round(simulated.strategy, here, simulated.fleet)
+        there, theirs = one_round(deployed.strategy, there, deployed.fleet)
+        assert len(theirs.reports) == N and not theirs.lost
+        assert {r.order.client: r.gate for r in mine.reports} == {r.order.client: r.gate for r in theirs.reports}
+        assert same(here.model, there.model)
+        for report in theirs.reports:
+            taught = chosen.strategy == "ss_sad" or bool(chosen.distillation)
+            assert (report.cost.seconds.teacher > 0) == taught and report.cost.seconds.training > 0
+            (modelled,) = [r.cost for r in mine.reports if r.order.client == report.order.client]
+            assert report.cost.parameters == modelled.parameters or rows == "touched"
+    assert any(order.submodel.entries for order in mine.orders) == (chosen.strategy in ("ss_sad", "dpf", "lotteryfl"))
+    central, apart = simulated.evaluate(here), deployed.evaluate(there)
+    for figure in ("hr10_full", "ndcg10_full"):
+        assert apart["test"][figure] == pytest.approx(central["test"][figure], abs=1e-9)
+
+
+@pytest.mark.parametrize(("teacher", "why"), [("sent", "these never reach the server"), ("given", "devices have none")])
+def test_teachers_that_devices_cannot_have_are_refused_before_anything_begins(tmp_path: Path, teacher: str, why: str):
+    lab = Lab(tmp_path)
+    chosen = settings(tmp_path, f'distillation={{teacher="{teacher}",weight=0.5}}')
+    with pytest.raises(ConfigError, match=f'teacher "{teacher}".*{why}.*"local"'):
+        lab.run(chosen)
+    assert not (tmp_path / "out").exists() and not lab.heard
+
+
+def test_the_teacher_s_time_is_measured_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a clock of the test's own: a lesson takes 3 s, a list 2 s, and everything else of the training 5 s."""
+    hand = Hand()
+    monkeypatch.setattr(device.energy, "Spans", lambda meter: Spans(hand, hand.clock))
+
+    def slowly(original: Callable[..., Any], seconds: float, watts: float) -> Callable[..., Any]:
+        def work(*arguments: Any, **named: Any) -> Any:
+            hand.work(seconds, watts)
+            return original(*arguments, **named)
+
+        return work
+
+    monkeypatch.setattr(teaching.Teacher, "lesson", slowly(teaching.Teacher.lesson, 3.0, 2.0))
+    lister = teaching.Teacher.lister
+    monkeypatch.setattr(teaching.Teacher, "lister", lambda self, top: slowly(lister(self, top), 2.0, 2.0))
+    monkeypatch.setattr(trainer, "train", slowly(trainer.train, 5.0, 10.0))
+    lab = Lab(tmp_path, takes=(20.0,) * N)
+    deployed = Deployment.of(
+        settings(tmp_path, 'distillation={weight=0.5,top=3}', "warm_start=0").only("fedavg"), lab.nodes(), "run",
+        catalogue_of(settings(tmp_path)), 30.0,
+    )  # fmt: skip
+    state, _ = deployed.begin()
+    _, done = one_round(deployed.strategy, state, deployed.fleet)
+    assert len(done.reports) == N
+    for report in done.reports:
+        assert (report.cost.seconds.teacher, report.cost.seconds.training) == (5.0, 5.0)
+        assert (report.cost.joules.teacher, report.cost.joules.training) == (10.0, 50.0)
 
 
 def test_private_rows_never_leave_their_device(tmp_path: Path):

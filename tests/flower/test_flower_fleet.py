@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from flower_world import FlowerWorld, flower_world
+from flower_world import clients, flower_world, idle, trained
 from world import same
 
 from fedprune.errors import FleetError
@@ -13,23 +13,10 @@ from fedprune.exchange import Lost, Report
 from fedprune.flower.fleet import POLLING_SECONDS, SLACK_SECONDS
 from fedprune.gather import Gather
 from fedprune.merge import Merge
-from fedprune.strategy import Round, Strategy
+from fedprune.strategy import Strategy
 
 POLL = 0.2
 near = lambda seconds: pytest.approx(seconds, abs=2 * POLL)  # noqa: E731
-
-
-def clients(done: Round) -> list[int]:
-    return sorted(report.order.client for report in done.reports)
-
-
-def idle(here: FlowerWorld) -> list[int]:
-    return here.fleet.idle().clients.tolist()
-
-
-def trained(here: FlowerWorld) -> list:
-    """Messages with orders."""
-    return [message for message in here.grid.sent if message.metadata.message_type == "train"]
 
 
 # ---- time, and who is at work ----------------------------------------------------------------------------------------

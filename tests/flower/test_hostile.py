@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flower_world import FlowerWorld, Tamper, flower_world
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from tampering import array, data, entry, extra, figure, instead, npy, pickled, repeated, setting, untouched, without, zipped
-from world import copied, finite, same
+from world import copied, finite, recommender, same
 
 from fedprune.codec import Codec
+from fedprune.objective import Objective
 from fedprune.strategy import Strategy
+from fedprune.submodel import Submodel
 
 BAD = 1
 """The client whose reports are tampered with."""
@@ -36,7 +40,7 @@ EVERYWHERE: dict[str, tuple[str, Tamper]] = {
     "another version": ("server-round", setting("server-round", lambda old: old - 1)),
     "a later version": ("server-round", setting("server-round", lambda old: old + 1)),
     "another run": ("run", setting("run", "run-2")),
-    "another format": ("format", setting("format", 2)),
+    "another format": ("format", setting("format", 99)),
     "a truth for a format": ("format", setting("format", True)),
     # arrays of another kind or size
     "float64": ("update", array("update", lambda v: v.astype(np.float64))),
@@ -190,6 +194,68 @@ def only_the_good_count(here: FlowerWorld, reason: str) -> str:
     assert sorted(report.order.client for report in done.reports) == [0, 1, 2] and not done.lost
     assert same(here.state.model, here.merged(before, done.orders))
     return lost.detail
+
+
+GATES: dict[str, tuple[str, Tamper]] = {
+    "a gate above 1": ("gates", figure("gates", [1.01])),
+    "a negative gate": ("gates", figure("gates", [-0.5])),
+    "an infinite gate": ("gates", figure("gates", [math.inf])),
+    "two gates": ("gates", figure("gates", [0.5, 0.5])),
+    "no gates": ("gates", figure("gates", [])),
+    "a gate not in a list": ("gates", figure("gates", 0.5)),
+    "a truth for a gate": ("gates", figure("gates", [True])),
+    "without gates": ("gates", without("metrics", "gates")),
+}
+
+
+@pytest.mark.parametrize(("field", "tamper"), GATES.values(), ids=GATES)
+def test_a_bad_gate_is_refused(field: str, tamper: Tamper):
+    here = flower_world(Strategy(objective=Objective(gate=True)), clients=CLIENTS)
+    here.devices.tamper[BAD] = tamper
+    assert f'field "{field}"' in only_the_good_count(here, "refused")
+
+
+def test_a_gate_may_be_unknown_but_not_unasked():
+    here = flower_world(Strategy(objective=Objective(gate=True)), clients=CLIENTS)
+    here.devices.tamper[BAD] = figure("gates", [math.nan])
+    gates = {report.order.client: report.gate for report in here.round().reports}
+    assert math.isnan(gates.pop(BAD)) and all(0 <= gate <= 1 for gate in gates.values())
+    here = begun()
+    here.devices.tamper[BAD] = figure("gates", [0.5])
+    assert 'field "gates" was not asked for' in only_the_good_count(here, "refused")
+
+
+def fuller(rows: np.ndarray) -> np.ndarray:
+    """Another row in the first one's place."""
+    rows[0] = (rows[0] + 1) % 40
+    return rows
+
+
+MASKED: dict[str, tuple[str, Tamper]] = {
+    "all entries": ("update", array("update", lambda v: np.append(v, v))),
+    "an entry less": ("update", array("update", lambda v: v[:-1])),
+    "NaN where there is one": ("update", entry("update", math.nan, at=-1)),
+    "a row with another number of entries": ("update", array("rows", fuller)),
+    "a row out of range": ("rows", entry("rows", 40)),
+    "masks of its own": ("entries", extra("entries")),
+}
+
+
+@pytest.mark.parametrize(("field", "tamper"), MASKED.values(), ids=MASKED)
+def test_a_bad_update_of_some_entries_is_refused(field: str, tamper: Tamper):
+    """Every item row holds as many entries as its number modulo 8 says, so sizes follow from the rows."""
+    layout = recommender("mf").layout
+    there = np.arange(8)[None] <= np.arange(40)[:, None] % 8
+    masked = replace(Submodel.full(layout), entries={"item_embedding": there})
+    here = flower_world(Strategy(codec=Codec("touched")), clients=CLIENTS)
+    here.fleet.send([replace(here.order(client, client), submodel=masked) for client in range(CLIENTS)])
+    here.devices.tamper[BAD] = tamper
+    events = {event.order.client: event for event in (here.fleet.next() for _ in range(CLIENTS))}
+    for client in (0, 2):
+        tensor = events[client].updates.tensors["item_embedding"][0]
+        rows = events[client].updates.rows[0]
+        assert bool((tensor[~torch.from_numpy(there)[rows]] == 0).all()) and bool(tensor.any())
+    assert events[BAD].reason == "refused" and f'field "{field}"' in events[BAD].detail
 
 
 def test_there_are_enough_cases():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from flwr.app import Array, ConfigRecord, MetricRecord, RecordDict
 from tampering import array, data, entry, instead, npy, pickled, setting, without, zipped
 from world import recommender
 
+from fedprune.distill import Distillation
 from fedprune.errors import FleetError
 from fedprune.exchange import Order
 from fedprune.flower import wire
@@ -32,6 +34,22 @@ def content() -> RecordDict:
     window = Submodel(Submodel.full(LAYOUT).held, {name: np.arange(2, 5) for name in LAYOUT.prunable})
     orders = [order(0, half), order(1, window)]
     return wire.write_orders(orders, LAYOUT, run="r", settings="{}", work=[1.0, 0.5], private=torch.zeros(3))
+
+
+def masked() -> RecordDict:
+    """Two orders of which the first lacks entries of an embedding and of the tower; 4 bits are padding."""
+    half = Submodel({name: np.arange(axis.size // 2) for name, axis in LAYOUT.prunable.items()})
+    there = {name: np.ones(LAYOUT.shape(name), bool) for name in ("item_tower", "hidden2_bias")}
+    there["item_tower"][:, 0] = False
+    orders = [order(0, replace(half, entries=there)), order(1, Submodel.full(LAYOUT))]
+    return wire.write_orders(orders, LAYOUT, run="r", settings="{}")
+
+
+def taught() -> RecordDict:
+    """An order with the whole model to learn from."""
+    half = Submodel({name: np.arange(axis.size // 2) for name, axis in LAYOUT.prunable.items()})
+    objective = Objective(distillation=Distillation(weight=0.5, top=3))
+    return wire.write_orders([replace(order(0, half), objective=objective)], LAYOUT, run="r", settings="{}")
 
 
 def new(name: str, value: object) -> Tamper:
@@ -55,9 +73,55 @@ def untrainable(values: np.ndarray) -> np.ndarray:
     return values
 
 
+def one_more(values: np.ndarray) -> np.ndarray:
+    """A bit after the last entry."""
+    values[-1] |= 1
+    return values
+
+
 HUGE = 1 << 50
+MASKED: dict[str, tuple[str, Tamper]] = {
+    "masks a byte short": ("entries", array("entries", lambda v: v[:-1])),
+    "masks a byte long": ("entries", array("entries", lambda v: np.append(v, v[:1]))),
+    "masks of nothing": ("entries", array("entries", lambda v: v[:0])),
+    "masks as booleans": ("entries", array("entries", lambda v: np.unpackbits(v).astype(bool))),
+    "masks as a pickle": ("entries", data("entries", pickled)),
+    "masks giant": ("entries", data("entries", lambda _: npy(f"{{'descr':'|u1','fortran_order':False,'shape':({HUGE},)}}"))),
+    "mask bits beyond": ("entries", array("entries", one_more)),
+    "other entries than were sent": ("model", array("entries", lambda v: 0 * v)),
+    "without masks": ("entries", without("arrays", "entries")),
+    "masks of nobody": ("entries", without("config", "masked")),
+    "without through": ("through", without("config", "through")),
+    "through as a number": ("through", setting("through", [0, 1])),
+    "through of one": ("through", setting("through", [True])),
+    "an unknown tensor": ("masked", setting("masked", ["item_towr hidden2_bias", ""])),
+    "a private tensor": ("masked", setting("masked", ["user_tower", ""])),
+    "a tensor twice": ("masked", setting("masked", ["hidden2_bias hidden2_bias", ""])),
+    "tensors in another order": ("masked", setting("masked", ["hidden2_bias item_tower", ""])),
+    "another tensor": ("entries", setting("masked", ["item_tower hidden1_weight", ""])),
+    "another's tensors": ("entries", setting("masked", lambda old: old[::-1])),
+    "masked as one text": ("masked", setting("masked", "hidden2_bias")),
+    "masked of one": ("masked", setting("masked", lambda old: old[:1])),
+    "masked in numbers": ("masked", setting("masked", [1, 2])),
+}
+TAUGHT: dict[str, tuple[str, Tamper]] = {
+    "an unknown kind of teacher": ("objective.distillation", setting("objective.distillation.teacher", "strict")),
+    "a teacher in numbers": ("objective.distillation.teacher", setting("objective.distillation.teacher", 1)),
+    "too much of a teacher": ("objective.distillation", setting("objective.distillation.weight", 1.5)),
+    "a NaN of a teacher": ("objective.distillation.weight", setting("objective.distillation.weight", math.nan)),
+    "half an item": ("objective.distillation.top", setting("objective.distillation.top", 0.5)),
+    "fewer than no items": ("objective.distillation", setting("objective.distillation.top", -1)),
+    "an unknown lesson": ("objective.distillation.song", new("objective.distillation.song", 1.0)),
+    "an unknown task": ("objective", setting("objective.task", "guess")),
+    "a task in numbers": ("objective.task", setting("objective.task", 3)),
+    "a gate in numbers": ("objective.gate", setting("objective.gate", 1)),
+    "nested below 0": ("objective", setting("objective.nested", -0.5)),
+    "nothing narrower": ("objective", setting("objective.narrower", 1.0)),
+    "a cut instead of the model": ("model", array("model", lambda v: v[: len(v) // 2])),
+    "nobody to teach": ("model", new("objective.distillation.teacher", "given")),
+}
 CASES: dict[str, tuple[str, Tamper]] = {
-    "another format": ("format", setting("format", 2)),
+    "another format": ("format", setting("format", 99)),
     "tickets as text": ("tickets", setting("tickets", "0, 1")),
     "tickets as fractions": ("tickets", setting("tickets", [0.0, 1.0])),
     "no tickets": ("tickets", setting("tickets", [])),
@@ -140,6 +204,20 @@ for _record, _names in {
 def test_a_bad_order_is_refused_by_the_name_of_its_field(field: str, tamper: Tamper):
     with pytest.raises(FleetError, match=f'field "{field}"'):
         wire.read_orders(tamper(content()), LAYOUT)
+
+
+@pytest.mark.parametrize(("field", "tamper"), MASKED.values(), ids=MASKED)
+def test_bad_masks_are_refused_by_the_name_of_their_field(field: str, tamper: Tamper):
+    assert wire.read_orders(masked(), LAYOUT).orders[0].submodel.entries["hidden2_bias"].sum() == 4
+    with pytest.raises(FleetError, match=f'field "{field}"'):
+        wire.read_orders(tamper(masked()), LAYOUT)
+
+
+@pytest.mark.parametrize(("field", "tamper"), TAUGHT.values(), ids=TAUGHT)
+def test_bad_lessons_are_refused_by_the_name_of_their_field(field: str, tamper: Tamper):
+    assert wire.read_orders(taught(), LAYOUT).orders[0].objective.distillation.top == 3
+    with pytest.raises(FleetError, match=f'field "{field}"'):
+        wire.read_orders(tamper(taught()), LAYOUT)
 
 
 def test_the_untampered_order_is_fine():

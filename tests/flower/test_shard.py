@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from files import settings as settings_file
 from flwr.app import Array, Context, Error, Message, RecordDict
@@ -13,7 +14,7 @@ from grid import HereGrid
 from world import close, same
 
 from fedprune.config import Settings, read
-from fedprune.errors import FleetError
+from fedprune.errors import ConfigError, FleetError
 from fedprune.flower import client_app
 from fedprune.flower.nodes import Nodes
 from fedprune.flower.shard import OnNodes, serve
@@ -59,6 +60,62 @@ def test_nodes_train_as_one_process_does(tmp_path: Path, strategy: str, silos: s
     assert same(mine.values, theirs.values) and same(mine.first, theirs.first) and same(mine.second, theirs.second)
     assert mine.steps.equal(theirs.steps) and here.fleet.now() == there.fleet.now()
     assert not same(mine.values, here.listeners.private.values), "nothing was trained"
+
+
+MASKED = {
+    "tickets": ["strategy=lth_sad", "lth_sad.every=1", "lth_sad.rewind=1"],
+    "tickets in narrower units": ["strategy=ss_sad", "ss_sad.every=1", "ss_sad.rewind=1"],
+    "feedback": ["strategy=dpf", "dpf.every=1"],
+    "gradients of all entries": ["strategy=dpf", "dpf.every=1", "dpf.keep=0.4", "dpf.through=true"],
+    "own tickets": ["strategy=lotteryfl", "lotteryfl.above=0"],
+    "own columns": ["strategy=hermes", "hermes.above=0"],
+    "salient": ["strategy=prunefl", "prunefl.every=2"],
+}
+TAUGHT = {
+    "taught": ["strategy=sp_sad"],
+    "learned": ["strategy=dpp"],
+    "by what the server sent": ['distillation={teacher="sent",weight=0.5,top=4,ranking=0.1,attention=0.1,relation=0.1}'],
+    "by its past": ['distillation={teacher="past",weight=0.5}', "epochs=2", "strategy=heterofl"],
+    "by its narrower self": ["nested=0.5", "strategy=heterofl"],
+}
+
+
+@pytest.mark.parametrize("model", ["mf", "neumf"])
+@pytest.mark.parametrize("kind", MASKED | TAUGHT)
+def test_masks_teachers_and_gates_make_no_difference(tmp_path: Path, kind: str, model: str):
+    silos = ["silos=4"] if kind in ("taught", "feedback", "own tickets") else []
+    chosen = settings(tmp_path, *(MASKED | TAUGHT)[kind], f"recommender={model}", *silos)
+    split = read_data(chosen)
+    here, there = prepare(chosen, split), prepare(chosen, split, on_nodes(chosen))
+    one, other = here.state, there.state
+    for _ in range(4):
+        one, mine = one_round(here.strategy, one, here.fleet)
+        other, theirs = one_round(there.strategy, other, there.fleet)
+        assert [o.submodel for o in mine.orders] == [o.submodel for o in theirs.orders]
+        gates = [[r.gate for r in sorted(done.reports, key=lambda r: r.order.ticket)] for done in (mine, theirs)]
+        assert np.array_equal(np.array(gates[0], float), np.array(gates[1], float), equal_nan=True)
+    assert any(o.submodel.entries for o in mine.orders) == (kind in MASKED)
+    assert any(gate is not None for gate in gates[0]) == kind.startswith("own")
+    here.fleet.settle()
+    there.fleet.settle()
+    assert same(one.model, other.model)
+    assert same(here.fleet.population.private.values, there.fleet.population.private.values)
+
+
+@pytest.mark.parametrize("kind", ["feedback", "gradients of all entries", *(kind for kind in TAUGHT if kind != "learned")])
+def test_nodes_that_stack_masked_and_taught_clients_are_close(tmp_path: Path, kind: str):
+    chosen = settings(tmp_path, *(MASKED | TAUGHT)[kind], "recommender=neumf", "fleet=vector")
+    split = read_data(chosen)
+    here, there = prepare(chosen, split), prepare(chosen, split, on_nodes(chosen))
+    assert close(went(here, 1).model, went(there, 1).model)  # later masks, and those that are learned, depend on the last digit
+    assert close(here.fleet.population.private.values, there.fleet.population.private.values)
+
+
+def test_a_teacher_from_elsewhere_is_not_on_the_nodes(tmp_path: Path):
+    chosen = settings(tmp_path, 'distillation={teacher="given",weight=0.5}')
+    there = prepare(chosen, read_data(chosen), on_nodes(chosen))
+    with pytest.raises(ConfigError, match='teacher "given" is a model from elsewhere'):
+        went(there, 1)
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 50])

@@ -3,102 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from drawn import QUICK, alike, merged, order_of, random_submodel, random_updates, some_model, some_rows, some_seed, what
+from hypothesis import assume, given
 from hypothesis import strategies as some
-from reports import report
-from world import ITEMS, SETTINGS, recommender, same
+from world import ITEMS, SETTINGS, same
 
+from fedprune.codec import sizes
 from fedprune.exchange import Order, Updates
 from fedprune.flower import wire
 from fedprune.flower.compat import wire_bytes
-from fedprune.merge import Merge
-from fedprune.objective import Objective
-from fedprune.recommenders import Recommender
-from fedprune.submodel import Submodel, extract, mask
-
-QUICK = settings(max_examples=40, deadline=None)
-
-
-@cache
-def what(model: str) -> Recommender:
-    return recommender(model)
-
-
-def random_units(rng: np.random.Generator, among: np.ndarray) -> np.ndarray:
-    return np.sort(rng.choice(among, rng.integers(1, len(among) + 1), replace=False)).astype(np.int64)
-
-
-def random_submodel(rng: np.random.Generator, model: str, held: Submodel | None = None) -> Submodel:
-    """Full, leading, or any units; all held ones trained, or a part of them."""
-    layout = what(model).layout
-    match rng.integers(4):
-        case 0:
-            units = Submodel.full(layout).held
-        case 1:
-            units = {name: np.arange(width) for name, width in layout.widths(float(rng.choice([0.25, 0.5, 0.75]))).items()}
-        case _:
-            units = {name: random_units(rng, np.arange(axis.size)) for name, axis in layout.prunable.items()}
-    units = units if held is None else held.held
-    if rng.integers(2):
-        return Submodel(units)
-    return Submodel(units, {name: random_units(rng, own) for name, own in units.items()})
-
-
-def order_of(rng: np.random.Generator, model: str, ticket: int, submodel: Submodel, rows: str, at: dict) -> Order:
-    objective = Objective(lr=0.1 + float(rng.random()), batch=[None, 7][rng.integers(2)], until=[None, 2.5][rng.integers(2)])
-    return Order(
-        ticket, int(rng.integers(24)), int(rng.integers(9)), float(rng.choice([0.25, 0.3, 1.0])), submodel, objective, rows, at,
-        int(rng.integers(2**31)), [None, 12.5][rng.integers(2)],
-    )  # fmt: skip
-
-
-def random_updates(rng: np.random.Generator, model: str, submodels: tuple[Submodel, ...]) -> Updates:
-    """Zero where not trained and where padded, as training leaves it."""
-    layout, clients = what(model).layout, len(submodels)
-    width = int(rng.integers(1, ITEMS + 1))
-    counts = np.append(rng.integers(1, width + 1, clients - 1), width)
-    rows, present = torch.zeros(clients, width, dtype=torch.long), torch.zeros(clients, width, dtype=torch.bool)
-    for client, count in enumerate(counts):
-        rows[client, :count] = torch.from_numpy(rng.choice(ITEMS, count, replace=False))
-        present[client, :count] = True
-    tensors = {}
-    for name in layout.named("shared", "touched"):
-        touched = layout.kind(name) == "touched"
-        dimensions = layout.tensors[name][1 if touched else 0 :]
-        shape = [layout.extent(d, submodels[0].widths) for d in dimensions]
-        values = torch.from_numpy(rng.normal(size=(clients, *([width] if touched else []), *shape))).float()
-        if touched:
-            values *= present.reshape(clients, width, *[1] * len(shape))
-        for client, submodel in enumerate(submodels):
-            for place, dimension in enumerate(dimensions, start=1 if touched else 0):
-                trained = extract({"m": mask(layout, dimension, submodel.trained)}, _line(layout, dimension), submodel)["m"]
-                values[client] *= trained.reshape(-1, *[1] * (values.dim() - 2 - place))
-        tensors[name] = values
-    return Updates(submodels, rows, present, tensors)
-
-
-def _line(layout, dimension):
-    """A layout of one tensor with this one dimension."""
-    return replace(layout, tensors={"m": (dimension,)})
-
-
-def merged(model: str, start: dict, orders: list[Order], stacks: list[Updates], weights: str) -> dict:
-    numbered = iter(orders)
-    told = []
-    for updates in stacks:
-        for place in range(len(updates.submodels)):
-            told.append(replace(report(updates, place, examples=3 + place), order=next(numbered)))
-    return Merge(weights=weights)(start, {}, what(model).layout, told)[0]
-
-
-some_seed = some.integers(0, 2**31)
-some_model = some.sampled_from(sorted(SETTINGS))
-some_rows = some.sampled_from(["table", "touched"])
+from fedprune.merge import coverage
+from fedprune.submodel import Submodel, extract
 
 
 @QUICK
@@ -123,13 +42,14 @@ def test_orders_come_back_as_they_were(seed: int, model: str, rows: str, count: 
     assert (parcel.run, parcel.settings, parcel.work) == ("a run", '{"x": 1}', tuple(work))
     assert (parcel.private is None) == (private is None) and (private is None or torch.equal(parcel.private, private))
     for sent, got in zip(orders, parcel.orders, strict=True):
-        assert replace(got, model={}) == replace(sent, model={})
+        assert replace(got, model={}, submodel=sent.submodel) == replace(sent, model={})
+        assert alike(layout, got.submodel, sent.submodel)
         assert got.submodel.widths == sent.submodel.widths and got.submodel.trained_widths == sent.submodel.trained_widths
         assert same(got.model, extract(sent.model, layout, sent.submodel))
     equal = {(id(o.model), o.submodel.held_key): id(p.model) for o, p in zip(orders, parcel.orders, strict=True)}
     assert len(set(equal.values())) == len(equal), "orders of one cut share it, others do not"
     assert len({id(p.model) for p in parcel.orders}) == len(equal)
-    size = sum(sum(t.numel() for t in m.values()) for m in {id(p.model): p.model for p in parcel.orders}.values())
+    size = sum(sizes(layout, o.submodel, ITEMS).parameters for o in {id(p.model): p for p in parcel.orders}.values())
     assert content["arrays"]["model"].numpy().shape == (size,), "equal cuts are written once"
 
 
@@ -144,6 +64,8 @@ def test_merging_what_travelled_equals_merging_the_original(seed: int, model: st
         held = random_submodel(rng, model)
         own = (held, *(random_submodel(rng, model, held) for _ in range(clients - 1)))
         stacks.append(random_updates(rng, model, own))
+        if weights == "coverage":  # which nobody has who trains nothing of a tensor
+            assume(all(coverage(submodel, layout, name) for submodel in own for name in start))
         first = len(orders)
         orders += [order_of(rng, model, first + n, submodel, rows, start) for n, submodel in enumerate(own)]
     parcel = wire.Parcel("r", "{}", tuple(orders), (1.0,) * len(orders))
@@ -207,7 +129,7 @@ def test_reading_an_order_leaves_it_alone(model: str):
 @pytest.mark.parametrize("model", sorted(SETTINGS))
 def test_few_tensors_and_packed_masks(model: str):
     rng, layout, start = np.random.default_rng(1), what(model).layout, what(model).initial(1)
-    full, window = Submodel.full(layout), random_submodel(rng, model, Submodel.full(layout))
+    full, window = Submodel.full(layout), random_submodel(rng, model, Submodel.full(layout)).units
     orders = [order_of(rng, model, n, [full, window][n % 2], "touched", start) for n in range(6)]
     content = wire.write_orders(orders, layout, run="r", settings="{}", private=torch.zeros(3))
     different = len({full.key, window.key})

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from scipy import stats
-from sklearn.metrics import ndcg_score
+from sklearn.metrics import mean_absolute_error, mean_squared_error, ndcg_score
 
-from fedprune.data import leave_one_out
+from fedprune.data import Split, leave_one_out
 from fedprune.data.interactions import arrange
 from fedprune.errors import DataError
-from fedprune.evaluation import average, evaluate, quality, rank_held_out
+from fedprune.evaluation import average, evaluate, quality, rank_held_out, rating_errors
 from fedprune.metrics import expected_gain, gains
 
 NOTHING = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
@@ -211,3 +213,81 @@ def test_refusals():
         quality(ranks, 0)
     with pytest.raises(DataError, match="an average needs at least 1"):
         average(quality(ranks), np.array([False]))
+
+
+def rated(*rating: float) -> Split:
+    """User 0 trains on a and b, validates on c, tests on d; 1 trains on b, tests on a; 2 trains on c."""
+    user, item = numbers(0, 0, 0, 0, 1, 1, 2), numbers(0, 1, 2, 3, 1, 0, 2)
+    stars = np.array(rating) if rating else None
+    return leave_one_out(arrange("own", user, item, user_ids="uvw", item_ids="abcd", rating=stars))
+
+
+STARS = (2.0, 4.0, 1.0, 5.0, 3.0, 4.0, 3.0)
+
+
+def test_the_split_keeps_the_ratings_of_what_it_holds_out():
+    split = rated(*STARS)
+    assert split.train.rating is not None and split.train.rating.tolist() == [2, 4, 3, 3]
+    assert split.validation_rating is not None and split.validation_rating.dtype == np.float64
+    np.testing.assert_array_equal(split.validation_rating, [1, np.nan, np.nan])
+    np.testing.assert_array_equal(split.test_rating, [5, 4, np.nan])
+    assert rated().validation_rating is rated().test_rating is None
+
+
+def test_rating_errors_by_hand():
+    # Training ratings lie in 2 .. 4. Test: |3.5 - 5|, |2.25 - 4|; validation: |2.5 - 1|. User 2 is never asked for.
+    scores = [[0.0, 9.0, 2.5, 3.5], [2.25, 9.0, 9.0, 9.0], [np.nan] * 4]
+    for chunk in (1, 2, 256):
+        test = rating_errors(table(scores), rated(*STARS), "test", chunk=chunk)
+        assert test == pytest.approx({"mse": (1.5**2 + 1.75**2) / 2, "mae": (1.5 + 1.75) / 2})
+    assert rating_errors(table(scores), rated(*STARS), "validation") == {"mse": 1.5**2, "mae": 1.5}
+
+
+def test_predictions_are_clipped_to_the_range_of_the_training_ratings():
+    # 7 and -inf count as 4 and 2, the extremes of training, although the held-out ratings reach from 1 to 5.
+    scores = [[0.0, 0.0, -np.inf, 7.0], [-3.0, 0.0, 0.0, 0.0], [0.0] * 4]
+    assert rating_errors(table(scores), rated(*STARS), "test") == {"mse": (1**2 + 2**2) / 2, "mae": (1 + 2) / 2}
+    assert rating_errors(table(scores), rated(*STARS), "validation") == {"mse": 1.0, "mae": 1.0}
+
+
+def test_a_held_out_item_without_a_rating_is_left_out():
+    scores = table(np.full((3, 4), 3.0))
+    split = rated(2, 4, 1, np.nan, 3, 4, 3)
+    assert rating_errors(scores, split, "test") == {"mse": 1.0, "mae": 1.0}
+    split = rated(np.nan, 4, 1, 5, 3, 4, 3)  # training ratings 3 .. 4: a missing one has no part in the range
+    assert rating_errors(table(np.zeros((3, 4))), split, "validation") == {"mse": 4.0, "mae": 2.0}
+
+
+@settings(deadline=None, max_examples=30)
+@given(some.integers(0, 2**32 - 1), some.integers(1, 9))
+def test_rating_errors_against_sklearn(seed, chunk):
+    rng = np.random.default_rng(seed)
+    user, item = (rng.random((20, 15)) < 0.3).nonzero()
+    stars = rng.integers(1, 6, len(user)).astype(float)
+    names = [str(number) for number in range(20)]
+    split = leave_one_out(arrange("own", user, item, user_ids=names, item_ids=names[:15], rating=stars))
+    assert split.train.rating is not None and split.test_rating is not None
+    scores = rng.normal(3, 3, (split.train.users, split.train.items)).astype(np.float32)
+    has = split.test >= 0
+    clipped = scores[has, split.test[has]].clip(split.train.rating.min(), split.train.rating.max())
+    got = rating_errors(table(scores), split, "test", chunk=chunk)
+    assert got["mse"] == pytest.approx(mean_squared_error(split.test_rating[has], clipped))
+    assert got["mae"] == pytest.approx(mean_absolute_error(split.test_rating[has], clipped))
+
+
+def test_rating_errors_refuse():
+    split, threes = rated(*STARS), table(np.full((3, 4), 3.0))
+    with pytest.raises(DataError, match=r"own has no training ratings; .* give a file with a column"):
+        rating_errors(threes, rated(), "test")
+    with pytest.raises(DataError, match="own has no test ratings"):
+        rating_errors(threes, replace(split, test_rating=None), "test")
+    with pytest.raises(DataError, match="0 of 3 users have a rated validation item and 4 of 4 training rows"):
+        rating_errors(threes, replace(split, validation=numbers(-1, -1, -1)), "validation")
+    with pytest.raises(DataError, match="2 of 3 users have a rated test item and 0 of 4 training rows"):
+        rating_errors(threes, rated(np.nan, np.nan, 1, 5, np.nan, 4, np.nan), "test")
+    scores = np.full((3, 4), 3.0)
+    scores[0, 3] = np.nan
+    with pytest.raises(DataError, match="1 of 8 scores are NaN: the model has diverged; lower its learning rate"):
+        rating_errors(table(scores), split, "test")
+    with pytest.raises(DataError, match=r"returned \[2, 5\] for 2 users; it must return \[2, 4\]"):
+        rating_errors(table(np.zeros((3, 5))), split, "test")

@@ -213,7 +213,7 @@ def test_a_device_s_times_slower_counts_s_fold():
 
 
 def test_unknown_answers_are_refused():
-    with pytest.raises(ConfigError, match="holders or cohort"):
+    with pytest.raises(ConfigError, match="holders, cohort or common"):
         Merge(over="everybody")
     with pytest.raises(ConfigError, match="equal, examples, period or coverage"):
         Merge(weights="loud")

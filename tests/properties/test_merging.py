@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -30,15 +32,23 @@ MODEL: Tensors = {name: torch.randn(LAYOUT.shape(name), generator=torch.Generato
 
 @some.composite
 def stacks(draw: some.DrawFn) -> list[Report]:
-    """One to three stacks of one to three clients each; the clients of a stack hold the same units, and train some."""
+    """One to three stacks of one to three clients each; the clients of a stack hold the same units, and train some.
+
+    Entries are masked in some stacks, client by client; with `through` their updates travel all the same.
+    """
     chance = np.random.default_rng(draw(some.integers(0, 2**31)))
     reports: list[Report] = []
     for _ in range(draw(some.integers(1, 3))):
         clients, rows = draw(some.integers(1, 3)), draw(some.integers(1, ITEMS))
         held = {name: some_of(chance, np.arange(axis.size)) for name, axis in LAYOUT.prunable.items()}
-        windows = draw(some.booleans())
+        windows, masks = draw(some.booleans()), draw(some.sampled_from(["none", "one", "each"]))
+        through, shared = draw(some.booleans()), some_entries(chance)
         submodels = tuple(
-            Submodel.checked(LAYOUT, held, {a: some_of(chance, u) for a, u in held.items()} if windows else None)
+            replace(
+                Submodel.checked(LAYOUT, held, {a: some_of(chance, u) for a, u in held.items()} if windows else None),
+                entries={"none": {}, "one": shared, "each": some_entries(chance)}[masks],
+                through=through and masks != "none",
+            )
             for _ in range(clients)
         )
         items = torch.stack([torch.from_numpy(chance.permutation(ITEMS)[:rows]) for _ in range(clients)])
@@ -55,6 +65,11 @@ def stacks(draw: some.DrawFn) -> list[Report]:
                     on_shape = [1] * (delta.dim() - 1)
                     on_shape[axis] = len(on)
                     delta[place] *= on.reshape(on_shape)
+                if name in submodel.entries and not submodel.through:
+                    mesh = [positions(LAYOUT, d, held) for d in dimensions]
+                    if touched:
+                        mesh[0] = items[place]
+                    delta[place] *= torch.from_numpy(submodel.entries[name])[torch.meshgrid(*mesh, indexing="ij")]
             if touched:
                 delta *= present.reshape(clients, rows, *[1] * (delta.dim() - 2))
             tensors[name] = delta
@@ -69,9 +84,15 @@ def some_of(chance: np.random.Generator, units: np.ndarray) -> np.ndarray:
     return np.sort(chance.choice(units, size=chance.integers(1, len(units) + 1), replace=False))
 
 
+def some_entries(chance: np.random.Generator) -> dict[str, np.ndarray]:
+    """Masks of some tensors, biases among them."""
+    names = chance.permutation(list(LAYOUT.tensors))[: chance.integers(1, len(LAYOUT.tensors) + 1)].tolist()
+    return {name: chance.random(LAYOUT.shape(name)) < chance.choice([0.0, 0.3, 0.8, 1.0]) for name in names}
+
+
 merges = some.builds(
     Merge,
-    over=some.sampled_from(["holders", "cohort"]),
+    over=some.sampled_from(["holders", "cohort", "common"]),
     weights=some.sampled_from(["equal", "examples", "period", "coverage"]),
     optimiser=some.sampled_from([Average(), Average(0.5), Adam()]),
 )
@@ -98,8 +119,23 @@ def trained(sent: Report) -> Tensors:
         on = torch.ones(())
         for dimension in dimensions:
             on = on[..., None] * (there if dimension == ("item",) else mask(LAYOUT, dimension, sent.order.submodel.trained))
-        result[name] = on
+        masks = {} if sent.order.submodel.through else sent.order.submodel.entries
+        result[name] = on * torch.from_numpy(masks[name]) if name in masks else on
     return result
+
+
+def counted(merge: Merge, sent: Report, name: str) -> float:
+    """w_k, coverage being counted entry by entry, as if every row were there."""
+    match merge.weights:
+        case "examples":
+            return sent.examples
+        case "period":
+            return 1 + sent.staleness
+        case "coverage":
+            everywhere = replace(sent.updates, rows=torch.arange(ITEMS)[None], present=torch.ones(1, ITEMS).bool())
+            on = trained(replace(sent, updates=everywhere, position=0))[name]
+            return on.numel() / float(on.sum()) if on.any() else 1.0
+    return 1.0
 
 
 @QUICK
@@ -119,12 +155,21 @@ def test_equals_the_definition(reports: list[Report], merge: Merge):
     merged, _ = Merge(merge.over, merge.weights)(MODEL, {}, LAYOUT, reports)
     updates, masks = [dense(sent) for sent in reports], [trained(sent) for sent in reports]
     for name, tensor in MODEL.items():
-        weight = [merge.weight(sent, LAYOUT, name) for sent in reports]
+        weight = [counted(merge, sent, name) for sent in reports]
         total = sum(w * update[name] for w, update in zip(weight, updates, strict=True))
         holders = sum(w * on[name] for w, on in zip(weight, masks, strict=True))
-        count = holders if merge.over == "holders" else torch.full_like(holders, sum(weight))
+        count = torch.full_like(holders, sum(weight)) if merge.over == "cohort" else holders
+        if merge.over == "common":  # whoever had the row trained it, one coordinate and client at a time
+            for at in np.ndindex(*tensor.shape):
+                had = [k for k, sent in enumerate(reports) if LAYOUT.kind(name) != "touched" or at[0] in rows_of(sent)]
+                if not all(masks[k][name][at] > 0 for k in had):
+                    holders[at] = 0
         expected = tensor + torch.where(holders > 0, total / count.clamp(min=1e-9), 0.0)
         torch.testing.assert_close(merged[name], expected, atol=1e-5, rtol=1e-5)
+
+
+def rows_of(sent: Report) -> list[int]:
+    return sent.updates.rows[sent.position][sent.updates.present[sent.position]].tolist()
 
 
 @QUICK

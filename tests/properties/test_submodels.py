@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from fedprune.axes import Axis, Layout
+from fedprune.codec import Sizes, sizes
 from fedprune.errors import LayoutError
 from fedprune.submodel import Submodel, extract, mask, scatter
 from fedprune.types import Tensors
@@ -193,3 +198,77 @@ def test_layouts_that_make_no_sense_are_refused():
             assert text in str(error)
         else:
             raise AssertionError(f"{words} passed")
+
+
+# ---- masks of entries ------------------------------------------------------------------------------------------------
+
+
+@some.composite
+def masked(draw: some.DrawFn) -> tuple[Layout, Submodel, Tensors, torch.Tensor | None]:
+    """A cut whose entries are masked, in some tensors."""
+    layout, submodel, model, rows = draw(cuts())
+    chance = np.random.default_rng(draw(some.integers(0, 2**31)))
+    names = [name for name in layout.named("shared", "touched") if chance.random() < 0.7]
+    entries = {name: chance.random(layout.shape(name)) < chance.choice([0.0, 0.4, 1.0]) for name in names}
+    checked = Submodel.checked(layout, submodel.held, submodel.trained, entries)
+    return layout, replace(checked, through=bool(entries) and draw(some.booleans())), model, rows
+
+
+@QUICK
+@given(masked())
+def test_masked_entries_are_cut_to_zero_and_not_put_back(cut: tuple):
+    layout, submodel, model, rows = cut
+    part = extract(model, layout, submodel, rows)
+    again = {name: tensor.clone() for name, tensor in model.items()}
+    scatter(again, layout, submodel, {name: tensor - 1000 for name, tensor in part.items()}, rows)
+    for name, tensor in model.items():
+        grid = np.ix_(*kept(layout, submodel, name, rows))
+        there = submodel.entries.get(name, np.ones(tensor.shape, bool))
+        assert np.array_equal(part[name].numpy(), np.where(there, tensor.numpy(), 0)[grid]) and part[name].is_contiguous()
+        expected = tensor.numpy().copy()
+        expected[grid] = np.where(there, tensor.numpy() - 1000, tensor.numpy())[grid]
+        assert np.array_equal(again[name].numpy(), expected), "what is masked keeps the target's value"
+
+
+@QUICK
+@given(masked())
+def test_bytes_are_counted_entry_by_entry(cut: tuple):
+    layout, submodel, _, _ = cut
+    items = layout.axes["item"].size if "item" in layout.axes else 0
+    down = up = bits = 0
+    trained = Submodel(submodel.trained)
+    for name in layout.named("shared", "touched"):
+        there = submodel.entries.get(name, np.ones(layout.shape(name), bool))
+        held = there[np.ix_(*kept(layout, submodel, name, None))]
+        down += int(held.sum())
+        bits += held.size if name in submodel.entries else 0
+        everything = submodel.through or name not in submodel.entries
+        sent = np.ones_like(there) if everything else there
+        up += int(sent[np.ix_(*kept(layout, trained, name, None))].sum())
+    masks = math.ceil(bits / 8)
+    assert sizes(layout, submodel, items) == Sizes(down, 4 * down + masks, masks, 4 * up)
+    plain = sizes(layout, submodel.units, items)
+    assert (plain.parameters, plain.masks) == (layout.parameters(submodel.widths, items), 0)
+    assert plain.down == layout.bytes(submodel.widths, items) and plain.up == layout.bytes(submodel.trained_widths, items)
+
+
+@QUICK
+@given(masked())
+def test_masks_are_part_of_what_a_submodel_is(cut: tuple):
+    layout, submodel, _, _ = cut
+    copied = {name: there.copy() for name, there in reversed(submodel.entries.items())}
+    again = Submodel(submodel.held, submodel.trained, copied, submodel.through)
+    assert again == submodel and hash(again) == hash(submodel) and again.held_key == submodel.held_key
+    assert replace(submodel, through=not submodel.through) != submodel
+    assert submodel.units == Submodel(submodel.held, submodel.trained) and submodel.units.units_key == submodel.units_key
+    for name, there in submodel.entries.items():
+        other = there.copy()
+        other.flat[-1] = ~other.flat[-1]
+        assert replace(submodel, entries={**submodel.entries, name: other}).held_key != submodel.held_key
+    for name in layout.named("shared", "touched"):
+        for wrong in (np.ones(layout.shape(name)), np.ones((*layout.shape(name), 1), bool)):
+            with pytest.raises(LayoutError, match=f'mask of "{name}"'):
+                Submodel.checked(layout, submodel.held, None, {name: wrong})
+    for name in (*layout.named("private"), "nothing"):
+        with pytest.raises(LayoutError, match=f'"{name}", which is no tensor that travels'):
+            Submodel.checked(layout, submodel.held, None, {name: np.ones(1, bool)})

@@ -1,17 +1,20 @@
 """Orders and reports as Flower messages, and back: a few flat tensors, bit-packed masks, everything checked on arrival.
 
 An order's message:
-    arrays   "model"    float32, the cut tensors of each distinct submodel, end to end, in the layout's order
+    arrays   "model"    float32, of each distinct cut the entries that are there, end to end, in the layout's order; where the
+                        whole model is to teach (`trainer.teaches`), all of it instead, and the device cuts
              "units"    uint8, per distinct submodel and prunable axis the held units' bits, then the trained ones'
+             "entries"  uint8, per distinct submodel one bit for each held entry of the tensors that it masks, where any does
              "private"  float32, simulations only: see `private`
-    config   who is asked for what (`ORDER`), and what it is to minimise ("objective.lr" and so on)
+    config   who is asked for what, what it is to minimise ("objective.lr" and so on), which tensors each distinct submodel
+             masks ("masked", their names), and whether it reports masked entries all the same ("through")
 
 Its reply:
-    arrays   "update"   float32, per client the trained entries of every tensor, end to end
+    arrays   "update"   float32, per client the trained entries of every tensor that are there, end to end
              "rows"     int32, touched item numbers, where only these travel
              "present"  uint8, bits: which rows the client trained (the others are padding, or untouched)
              "private"  as above
-    metrics  "num-examples", and lists with one entry per order
+    metrics  "num-examples", and lists with one entry per order ("gates" where the objective asks for them)
     config   the tickets it answers, in the order of its clients
 
 Nothing here changes what it is given: in one process, sender and receiver share a message's arrays.
@@ -26,5 +29,6 @@ from fedprune.flower.wire.orders import Parcel as Parcel
 from fedprune.flower.wire.orders import read_orders as read_orders
 from fedprune.flower.wire.orders import write_orders as write_orders
 from fedprune.flower.wire.replies import Stacked as Stacked
+from fedprune.flower.wire.replies import gates as gates
 from fedprune.flower.wire.replies import read_reply as read_reply
 from fedprune.flower.wire.replies import write_reply as write_reply

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedprune.axes import Layout
-from fedprune.errors import ConfigError, FleetError, LayoutError
+from fedprune.errors import FleetError, LayoutError
 from fedprune.exchange import Order
+from fedprune.fleet.trainer import teaches
+from fedprune.flower.wire.entries import bits, chosen, masked, read_masks, with_gaps, without_gaps
 from fedprune.flower.wire.fields import FORMAT, arrays_of, flat, list_of, need, part_of, speaks, value_of
-from fedprune.objective import Objective
+from fedprune.flower.wire.objectives import read_objective, write_objective
 from fedprune.submodel import Submodel, extract
 from fedprune.types import IntArray, Tensors
 
@@ -28,7 +30,7 @@ class Parcel:
     Attributes:
         run: which run it belongs to; the reply repeats it.
         settings: that run's settings, JSON.
-        orders: their `model` is the cut alone (`trainer.cut_already`).
+        orders: their `model` is the cut alone, or the whole model where that is to teach (`trainer.cut_already`).
         work: share of its examples that each order is to do; 1.0 where that is the device's own business.
         private: rows that travel along, in simulations.
     """
@@ -50,19 +52,25 @@ def write_orders(
     private: Tensor | None = None,
 ) -> RecordDict:
     """The message content for one node. Equal cuts and equal submodels are written once."""
+    first = orders[0]
+    whole = Submodel.full(layout) if teaches(first.objective) else None
     cuts: dict[tuple[int, bytes], int] = {}
     submodels: dict[bytes, int] = {}
-    model, units = [], []
+    model, units, entries, names, through = [], [], [], [], []
     for order in orders:
-        key = (id(order.model), order.submodel.held_key)
+        submodel, received = order.submodel, whole or order.submodel
+        key = (id(order.model), received.held_key)
         if key not in cuts:
             cuts[key] = len(cuts)
-            cut = extract(order.model, layout, order.submodel)
-            model += [cut[name].flatten() for name in layout.named("shared", "touched")]
-        if order.submodel.key not in submodels:
-            submodels[order.submodel.key] = len(submodels)
-            units += [_bits(layout, order.submodel.held), _bits(layout, order.submodel.trained)]
-    first = orders[0]
+            cut = extract(order.model, layout, received)
+            travels = layout.named("shared", "touched")
+            model += [without_gaps(cut[name], chosen(layout, received, name, "held")) for name in travels]
+        if submodel.key not in submodels:
+            submodels[submodel.key] = len(submodels)
+            units += [_bits(layout, submodel.held), _bits(layout, submodel.trained)]
+            entries.append(bits(layout, submodel))
+            names.append(" ".join(masked(layout, submodel)))
+            through.append(submodel.through)
     config: dict[str, Any] = {
         "format": FORMAT,
         "server-round": max(order.version for order in orders),
@@ -74,17 +82,17 @@ def write_orders(
         "clients": [order.client for order in orders],
         "versions": [order.version for order in orders],
         "rates": [float(order.rate) for order in orders],
-        "cuts": [cuts[id(order.model), order.submodel.held_key] for order in orders],
+        "cuts": [cuts[id(order.model), (whole or order.submodel).held_key] for order in orders],
         "submodels": [submodels[order.submodel.key] for order in orders],
         "work": [float(share) for share in (work or [1.0] * len(orders))],
     }
-    for entry in fields(Objective):
-        value = getattr(first.objective, entry.name)
-        if value is not None:
-            config[f"objective.{entry.name}"] = list(value) if isinstance(value, tuple) else value
+    config |= write_objective(first.objective)
     if first.expires is not None:
         config["expires"] = float(first.expires)
     arrays = {"model": torch.cat(model), "units": torch.from_numpy(np.concatenate(units))}
+    if any(names):
+        config |= {"masked": names, "through": through}
+        arrays["entries"] = torch.from_numpy(np.concatenate(entries))
     if private is not None:
         arrays["private"] = private
     return RecordDict({"arrays": arrays_of(arrays), "config": ConfigRecord(config)})
@@ -96,7 +104,7 @@ def read_orders(content: RecordDict, layout: Layout) -> Parcel:
     Raises:
         FleetError: which field is wrong, and how.
     """
-    config = part_of(content, "config", ConfigRecord)
+    config, arrays = part_of(content, "config", ConfigRecord), part_of(content, "arrays", ArrayRecord)
     speaks(config)
     lists = {name: list_of(config, name, int) for name in ("tickets", "clients", "versions", "cuts", "submodels")}
     lists |= {name: list_of(config, name, float) for name in ("rates", "work")}
@@ -113,17 +121,19 @@ def read_orders(content: RecordDict, layout: Layout) -> Parcel:
         need(numbers == list(range(len(numbers))), name, f"must number from 0 on; got {lists[name][:5]}")
     rows = value_of(config, "rows", str)
     need(rows in ("table", "touched"), "rows", f'is "{rows}"; it is table or touched')
-    held_by = _units(content, layout, max(lists["submodels"]) + 1)
-    objective, seed = _objective(config), value_of(config, "seed", int)
+    held_by = read_masks(config, arrays, layout, _units(arrays, layout, max(lists["submodels"]) + 1))
+    objective, seed = read_objective(config), value_of(config, "seed", int)
     need(seed >= 0, "seed", f"is {seed}; it must not be negative")
     expires = value_of(config, "expires", float) if "expires" in config else None
-    cuts = _cuts(content, layout, lists["cuts"], [held_by[number] for number in lists["submodels"]])
+    received = [held_by[number] for number in lists["submodels"]]
+    if teaches(objective):
+        received = [Submodel.full(layout)] * count
+    cuts = _cuts(arrays, layout, lists["cuts"], received)
     numbered = zip(*(lists[n] for n in ("tickets", "clients", "versions", "rates", "submodels", "cuts")), strict=True)
     orders = tuple(
         Order(ticket, client, version, rate, held_by[submodel], objective, rows, cuts[cut], seed, expires)
         for ticket, client, version, rate, submodel, cut in numbered
     )
-    arrays = part_of(content, "arrays", ArrayRecord)
     private = flat(arrays, "private", np.float32) if "private" in arrays else None
     return Parcel(
         value_of(config, "run", str),
@@ -144,9 +154,9 @@ def _bits(layout: Layout, units: Mapping[str, IntArray]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _units(content: RecordDict, layout: Layout, count: int) -> list[Submodel]:
+def _units(arrays: ArrayRecord, layout: Layout, count: int) -> list[Submodel]:
     size = sum(-(-axis.size // 8) for axis in layout.prunable.values())
-    packed = flat(part_of(content, "arrays", ArrayRecord), "units", np.uint8, 2 * size * count).reshape(count, 2, size)
+    packed = flat(arrays, "units", np.uint8, 2 * size * count).reshape(count, 2, size)
     submodels = []
     for number in range(count):
         held, trained = ({}, {})
@@ -163,34 +173,19 @@ def _units(content: RecordDict, layout: Layout, count: int) -> list[Submodel]:
     return submodels
 
 
-def _cuts(content: RecordDict, layout: Layout, cut_of: Sequence[int], submodels: Sequence[Submodel]) -> list[Tensors]:
+def _cuts(arrays: ArrayRecord, layout: Layout, cut_of: Sequence[int], submodels: Sequence[Submodel]) -> list[Tensors]:
+    """What each cut holds, from what each order's client receives."""
     holder = dict(zip(cut_of, submodels, strict=True))
     same = all(holder[number].held_key == held.held_key for number, held in zip(cut_of, submodels, strict=True))
     need(same, "cuts", "gives one cut to orders that hold different units")
-    names = layout.named("shared", "touched")
-    shapes = [[layout.shape(name, holder[number].widths) for name in names] for number in range(len(holder))]
-    sizes = [math.prod(shape) for cut in shapes for shape in cut]
-    whole = torch.from_numpy(flat(part_of(content, "arrays", ArrayRecord), "model", np.float32, sum(sizes)))
+    plans = [
+        (name, layout.shape(name, holder[number].widths), chosen(layout, holder[number], name, "held"))
+        for number in range(len(holder))
+        for name in layout.named("shared", "touched")
+    ]
+    sizes = [math.prod(shape) if mask is None else int(mask.sum()) for _, shape, mask in plans]
+    whole = torch.from_numpy(flat(arrays, "model", np.float32, sum(sizes)))
     need(bool(torch.isfinite(whole).all()), "model", "holds a NaN or an infinite value")
-    parts = iter(whole.split(sizes))
-    # Cloned: kernels round differently on memory that is not aligned, as a piece of a flat buffer may be.
-    return [{name: next(parts).reshape(shape).clone() for name, shape in zip(names, cut, strict=True)} for cut in shapes]
-
-
-def _objective(config: ConfigRecord) -> Objective:
-    values: dict[str, Any] = {}
-    kinds = {entry.name: int if entry.name == "batch" else type(entry.default) for entry in fields(Objective)}
-    for key in config:
-        if key.startswith("objective."):
-            name = key.removeprefix("objective.")
-            need(name in kinds, key, "is not a term of the objective that this version knows")
-            if kinds[name] is tuple:
-                values[name] = tuple(list_of(config, key, float))
-                need(len(values[name]) == 2, key, f"has {len(values[name])} entries, not 2")
-            else:
-                values[name] = value_of(config, key, int if kinds[name] is int else float)
-                need(math.isfinite(values[name]), key, f"is {values[name]}")
-    try:
-        return Objective(**values)
-    except ConfigError as error:
-        raise FleetError(f'field "objective": {error}') from None
+    tensors = [(n, with_gaps(part, shape, mask)) for part, (n, shape, mask) in zip(whole.split(sizes), plans, strict=True)]
+    each = len(plans) // len(holder)
+    return [dict(tensors[at : at + each]) for at in range(0, len(tensors), each)]

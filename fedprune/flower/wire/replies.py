@@ -15,6 +15,8 @@ from torch import Tensor
 from fedprune.axes import Layout
 from fedprune.errors import FleetError
 from fedprune.exchange import Order, Updates
+from fedprune.fleet.trainer import Result
+from fedprune.flower.wire.entries import chosen, with_gaps, without_gaps
 from fedprune.flower.wire.fields import FORMAT, arrays_of, list_of, need, part_of, pieces, speaks, value_of
 from fedprune.flower.wire.orders import Parcel
 from fedprune.submodel import Submodel, positions
@@ -29,6 +31,7 @@ class Stacked:
         tickets: of the orders, one per client of the stack.
         examples, losses, work: one each.
         private: float32 `[entries]`, in simulations.
+        gates: one each (`Result.gate`), where the objective asks for them; NaN: unknown.
     """
 
     tickets: tuple[int, ...]
@@ -37,6 +40,13 @@ class Stacked:
     losses: tuple[float, ...]
     work: tuple[float, ...]
     private: Tensor | None = None
+    gates: tuple[float, ...] | None = None
+
+
+def gates(results: Sequence[Result]) -> tuple[float, ...] | None:
+    """Of a stack's results, NaN where unknown; None where nobody asked for them."""
+    known = [result.gate for result in results]
+    return None if all(gate is None for gate in known) else tuple(math.nan if gate is None else gate for gate in known)
 
 
 def write_reply(
@@ -47,13 +57,14 @@ def write_reply(
     A stack of one client is written as its order's `rows` says; larger stacks, which exist in simulations only, always by
     touched rows.
     """
-    update, rows, present, private = [], [], [], []
+    update, rows, present, private, widths = [], [], [], [], []
     for stack in stacks:
-        updates = stack.updates
-        if dense(stack, parcel.orders[0]):
-            updates = _as_table(updates, layout)
+        if dense(len(stack.tickets), parcel.orders[0]):
+            updates = _as_table(stack.updates, layout)
         else:
+            updates = _close_up(stack.updates, layout)
             rows.append(updates.rows.to(torch.int32).flatten())
+        widths.append(updates.rows.shape[1])
         present.append(torch.from_numpy(np.packbits(updates.present.numpy().flatten())))
         update.append(_pack(updates, layout))
         if stack.private is not None:
@@ -70,10 +81,7 @@ def write_reply(
             "run": parcel.run,
             "tickets": [ticket for stack in stacks for ticket in stack.tickets],
             "stack-clients": [len(stack.tickets) for stack in stacks],
-            "stack-rows": [
-                next(iter(_touched_sizes(layout))) if dense(stack, parcel.orders[0]) else stack.updates.rows.shape[1]
-                for stack in stacks
-            ],
+            "stack-rows": widths,
         }
     )
     figures: dict[str, Any] = {
@@ -82,6 +90,8 @@ def write_reply(
         "losses": [float(loss) for stack in stacks for loss in stack.losses],
         "work": [float(share) for stack in stacks for share in stack.work],
     }
+    if parcel.orders[0].objective.gate:
+        figures["gates"] = [float(gate) for stack in stacks for gate in stack.gates or [math.nan] * len(stack.tickets)]
     return RecordDict({"arrays": arrays_of(arrays), "metrics": MetricRecord(figures | dict(metrics or {})), "config": config})
 
 
@@ -110,10 +120,15 @@ def read_reply(
     clients, widths = list_of(config, "stack-clients", int), list_of(config, "stack-rows", int)
     need(len(clients) == len(widths), "stack-rows", f"has {len(widths)} entries for {len(clients)} stacks")
     need(min(clients) > 0 and sum(clients) == len(tickets), "stack-clients", f"sums to {sum(clients)} of {len(tickets)}")
-    items = next(iter(_touched_sizes(layout)))
+    items = layout.items
     need(min(widths) > 0 and max(widths) <= items, "stack-rows", f"must be in 1..{items}; got {widths[:5]}")
     lists = {"examples": list_of(figures, "examples", int), "losses": list_of(figures, "losses", float)}
     lists["work"] = list_of(figures, "work", float)
+    judged = orders[0].objective.gate
+    need(judged or "gates" not in figures, "gates", "was not asked for")
+    if judged:
+        lists["gates"] = list_of(figures, "gates", float)
+        need(all(math.isnan(v) or 0 <= v <= 1 for v in lists["gates"]), "gates", "must be in [0, 1], or NaN where unknown")
     for name, values in lists.items():
         need(len(values) == len(tickets), name, f"has {len(values)} entries for {len(tickets)} orders")
     need(min(lists["examples"]) > 0, "examples", "must be above 0")
@@ -127,50 +142,54 @@ def read_reply(
         groups.append(tickets[at : at + count])
         at += count
     members = [[by_ticket[ticket] for ticket in group] for group in groups]
-    updates = _read_stacks(arrays, layout, members, widths, items)
+    updates = _read_stacks(arrays, layout, members, widths)
     owned = _read_private(arrays, groups, private)
     result, at = [], 0
     for group, update, own in zip(groups, updates, owned, strict=True):
         part = slice(at, at + len(group))
         examples, losses, work = (tuple(lists[name][part]) for name in ("examples", "losses", "work"))
-        result.append(Stacked(tuple(group), update, examples, losses, work, own))
+        told = tuple(lists["gates"][part]) if judged else None
+        result.append(Stacked(tuple(group), update, examples, losses, work, own, told))
         at += len(group)
     return result
 
 
-def dense(stack: Stacked, order: Order) -> bool:
-    """Whether all item rows of a stack travel, so that its size tells nothing about the client."""
-    return order.rows == "table" and len(stack.tickets) == 1
+def dense(clients: int, order: Order) -> bool:
+    """Whether all item rows of a stack of so many clients travel, so that its size tells nothing about the client."""
+    return order.rows == "table" and clients == 1
 
 
 def _read_stacks(
-    arrays: ArrayRecord, layout: Layout, members: Sequence[Sequence[Order]], widths: Sequence[int], items: int
+    arrays: ArrayRecord, layout: Layout, members: Sequence[Sequence[Order]], widths: Sequence[int]
 ) -> list[Updates]:
-    full = [len(group) == 1 and group[0].rows == "table" for group in members]
+    items, full = layout.items, [dense(len(group), group[0]) for group in members]
     for group, rows, whole in zip(members, widths, full, strict=True):
-        need(len({order.submodel.held_key for order in group}) == 1, "stack-clients", "stacks clients of unequal submodels")
+        alike = {(order.submodel.units_key, order.submodel.through) for order in group}
+        need(len(alike) == 1, "stack-clients", "stacks clients of unequal submodels")
         need(not whole or rows == items, "stack-rows", f"is {rows}; all {items} rows were asked for")
     listed = [0 if whole else len(g) * rows for g, rows, whole in zip(members, widths, full, strict=True)]
-    row_part = iter(pieces(arrays, "rows", np.int32, listed)) if any(listed) else iter([np.zeros(0, np.int32)] * len(listed))
+    named = pieces(arrays, "rows", np.int32, listed) if any(listed) else [np.zeros(0, np.int32)] * len(listed)
+    rows_of = []
+    for group, width, whole, values in zip(members, widths, full, named, strict=True):
+        own = torch.arange(items) if whole else torch.from_numpy(values.astype(np.int64)).reshape(len(group), width)
+        need(bool(((own >= 0) & (own < items)).all()), "rows", f"must be in 0..{items - 1}")
+        rows_of.append(own.expand(len(group), width))
     bits = [-(-len(group) * rows // 8) for group, rows in zip(members, widths, strict=True)]
     present_part = iter(pieces(arrays, "present", np.uint8, bits))
-    sizes = [sum(_entries(layout, o.submodel, rows) for o in group) for group, rows in zip(members, widths, strict=True)]
+    sizes = [
+        sum(_entries(layout, order.submodel, own) for order, own in zip(group, rows, strict=True))
+        for group, rows in zip(members, rows_of, strict=True)
+    ]
     update_part = iter(pieces(arrays, "update", np.float32, sizes))
     result = []
-    for group, width, whole in zip(members, widths, full, strict=True):
-        shape = (len(group), width)
-        listed_rows, packed, flat = next(row_part), next(present_part), torch.from_numpy(next(update_part))
+    for group, rows in zip(members, rows_of, strict=True):
+        shape, packed, flat = tuple(rows.shape), next(present_part), torch.from_numpy(next(update_part))
         need(bool(torch.isfinite(flat).all()), "update", "holds a NaN or an infinite value")
-        present = torch.from_numpy(np.unpackbits(packed)[: len(group) * width].astype(bool)).reshape(shape)
+        present = torch.from_numpy(np.unpackbits(packed)[: rows.numel()].astype(bool)).reshape(shape)
         need(bool(present.any(1).all()), "present", "says that a client trained no row")
-        if whole:
-            rows = torch.arange(items).expand(shape)
-        else:
-            rows = torch.from_numpy(listed_rows.astype(np.int64)).reshape(shape)
-            need(bool(((rows >= 0) & (rows < items)).all()), "rows", f"must be in 0..{items - 1}")
-            distinct = [int(present[k].sum()) == len(torch.unique(rows[k][present[k]])) for k in range(len(group))]
-            need(all(distinct), "rows", "names a row twice")
-        tensors = _unpack(flat, layout, [order.submodel for order in group], width)
+        distinct = [int(there.sum()) == len(torch.unique(own[there])) for own, there in zip(rows, present, strict=True)]
+        need(all(distinct), "rows", "names a row twice")
+        tensors = _unpack(flat, layout, [order.submodel for order in group], rows)
         for name in layout.named("touched"):
             away = ~present.reshape(*shape, *[1] * (tensors[name].dim() - 2))
             need(not bool((tensors[name] * away).any()), "update", "changes rows that it says were not trained")
@@ -189,62 +208,78 @@ def _read_private(arrays: ArrayRecord, groups: Sequence[Sequence[int]], sizes: M
 def _as_table(updates: Updates, layout: Layout) -> Updates:
     """One client's update with all item rows, zero where it trained none."""
     (present,), (rows,) = updates.present, updates.rows
-    items = next(iter(_touched_sizes(layout)))
     tensors = dict(updates.tensors)
     for name in layout.named("touched"):
-        whole = torch.zeros(items, *tensors[name].shape[2:])
+        whole = torch.zeros(layout.items, *tensors[name].shape[2:])
         whole[rows[present]] = tensors[name][0][present]
         tensors[name] = whole[None]
-    flags = torch.zeros(items, dtype=torch.bool)
+    flags = torch.zeros(layout.items, dtype=torch.bool)
     flags[rows[present]] = True
-    return replace(updates, rows=torch.arange(items)[None], present=flags[None], tensors=tensors)
+    return replace(updates, rows=torch.arange(layout.items)[None], present=flags[None], tensors=tensors)
+
+
+def _close_up(updates: Updates, layout: Layout) -> Updates:
+    """The real rows of each client first, and no more padding than the one with most of them leaves to the others."""
+    width = int(updates.present.sum(1).max())
+    if width == updates.present.shape[1]:
+        return updates
+    order = updates.present.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    client = torch.arange(len(order))[:, None]
+    tensors = {n: t[client, order] if layout.kind(n) == "touched" else t for n, t in updates.tensors.items()}
+    return replace(updates, rows=updates.rows[client, order], present=updates.present[client, order], tensors=tensors)
 
 
 def _pack(updates: Updates, layout: Layout) -> Tensor:
-    """The trained entries of every client of a stack, client after client; float32 `[entries]`."""
-    same = len({submodel.key for submodel in updates.submodels}) == 1
-    groups = [range(len(updates.submodels))] if same else [[k] for k in range(len(updates.submodels))]
+    """The trained entries of every client of a stack, client after client, as far as they are there; float32 `[entries]`."""
     parts = []
-    for places in groups:
-        submodel, columns = updates.submodels[places[0]], []
+    for places in _alike(updates.submodels):
+        submodel, rows, columns = updates.submodels[places[0]], updates.rows[places[0]], []
         for name in layout.named("shared", "touched"):
-            part = updates.tensors[name][list(places)]
+            part = updates.tensors[name][places]
             for axis, inside in _trained(layout, name, submodel):
                 part = part.index_select(axis, inside)
-            columns.append(part.flatten(1))
+            mask = chosen(layout, submodel, name, "trained", rows)
+            columns.append(part.flatten(1) if mask is None else without_gaps(part[0], mask)[None])
         parts.append(torch.cat(columns, 1).flatten())
     return torch.cat(parts)
 
 
-def _unpack(flat: Tensor, layout: Layout, submodels: Sequence[Submodel], rows: int) -> Tensors:
+def _unpack(flat: Tensor, layout: Layout, submodels: Sequence[Submodel], rows: Tensor) -> Tensors:
     """The inverse of `_pack`: tensors at held width, zero where not trained."""
-    held = submodels[0].widths
+    held, width = submodels[0].widths, rows.shape[1]
     shapes = {
-        name: ((rows,) if layout.kind(name) == "touched" else ())
+        name: ((width,) if layout.kind(name) == "touched" else ())
         + tuple(layout.extent(d, held) for d in layout.tensors[name][1 if layout.kind(name) == "touched" else 0 :])
         for name in layout.named("shared", "touched")
     }
     result = {name: torch.zeros(len(submodels), *shape) for name, shape in shapes.items()}
-    same = len({submodel.key for submodel in submodels}) == 1
-    groups = [list(range(len(submodels)))] if same else [[k] for k in range(len(submodels))]
     at = 0
-    for places in groups:
-        submodel = submodels[places[0]]
-        entries = _entries(layout, submodel, rows)
+    for places in _alike(submodels):
+        submodel, own = submodels[places[0]], rows[places[0]]
+        entries = _entries(layout, submodel, own)
         part = flat[at : at + entries * len(places)].reshape(len(places), entries)
         at += entries * len(places)
         column = 0
         for name, shape in shapes.items():
             inside = dict(_trained(layout, name, submodel))
             mesh = [inside.get(axis, torch.arange(n)) for axis, n in enumerate(shape, start=1)]
-            size = math.prod(len(m) for m in mesh)
-            values = part[:, column : column + size].reshape(len(places), *(len(m) for m in mesh))
+            extents, mask = [len(m) for m in mesh], chosen(layout, submodel, name, "trained", own)
+            size = math.prod(extents) if mask is None else int(mask.sum())
+            values = part[:, column : column + size]
+            values = values.reshape(len(places), *extents) if mask is None else with_gaps(values[0], extents, mask)[None]
             column += size
             if values.shape[1:] == tuple(shape):
                 result[name][places] = values
             else:
                 result[name][torch.meshgrid(torch.tensor(places), *mesh, indexing="ij")] = values
     return result
+
+
+def _alike(submodels: Sequence[Submodel]) -> list[list[int]]:
+    """Places of clients whose updates are packed in one go: all of them, if they train the same and lack no entries."""
+    everybody = list(range(len(submodels)))
+    alike = len({submodel.key for submodel in submodels}) == 1 and not submodels[0].entries
+    return [everybody] if alike else [[place] for place in everybody]
 
 
 def _trained(layout: Layout, name: str, submodel: Submodel) -> list[tuple[int, Tensor]]:
@@ -260,10 +295,17 @@ def _trained(layout: Layout, name: str, submodel: Submodel) -> list[tuple[int, T
     return result
 
 
-def _entries(layout: Layout, submodel: Submodel, rows: int) -> int:
-    """Trained entries of one client."""
-    return layout.parameters(submodel.trained_widths, rows)
-
-
-def _touched_sizes(layout: Layout) -> list[int]:
-    return [axis.size for axis in layout.axes.values() if axis.touched]
+def _entries(layout: Layout, submodel: Submodel, rows: Tensor) -> int:
+    """Trained entries of one client, in these rows of the touched tensors, that are there."""
+    if not submodel.entries:
+        return layout.parameters(submodel.trained_widths, len(rows))
+    total = 0
+    for name in layout.named("shared", "touched"):
+        mask, widths = chosen(layout, submodel, name, "trained", rows), submodel.trained_widths
+        if mask is not None:
+            total += int(mask.sum())
+        elif layout.kind(name) == "touched":
+            total += len(rows) * layout.row_entries(name, widths)
+        else:
+            total += math.prod(layout.shape(name, widths))
+    return total

@@ -1,0 +1,120 @@
+"""Settings of masks and teachers: tables that become parts of a strategy, and mistakes that are told apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from files import settings
+
+from fedprune import entries
+from fedprune.config import Settings, read
+from fedprune.distill import Distillation
+from fedprune.entries import KINDS, All, Feedback, KOfN, Lottery
+from fedprune.errors import ConfigError
+from fedprune.experiment import recommender_of, strategy_of
+from fedprune.simulation import read_data, run
+from fedprune.strategy import Strategy
+
+TABLES = """
+strategies = ["fedavg", "window"]
+rounds = 3
+evaluations = 1
+latent = 4
+nested = 0.25
+
+[entries]
+kind = "lottery"
+keep = 0.4
+every = 2
+
+[distillation]
+teacher = "local"
+weight = 0.25
+temperature = 2
+top = 3
+
+[window]
+entries = { kind = "feedback", keep = 0.6 }
+distillation = { teacher = "sent", attention = 0.5 }
+"""
+
+
+def strategy(chosen: Settings, name: str = "fedavg") -> Strategy:
+    own, arguments = chosen.of(name)
+    return strategy_of(own, arguments)
+
+
+def test_tables_become_parts_of_the_strategy(tmp_path: Path):
+    chosen = read(settings(tmp_path, TABLES))
+    row = strategy(chosen)
+    assert row.entries == Lottery(0.4, every=2)
+    assert row.objective.distillation == Distillation("local", 0.25, 2, 3) and row.objective.nested == 0.25
+    other = strategy(chosen, "window")
+    assert other.entries == Feedback(0.6) and other.objective.distillation == Distillation("sent", attention=0.5)
+    assert Settings.from_json(chosen.to_json()) == chosen
+    plain = read(settings(tmp_path, "latent = 4"))
+    assert strategy(plain).entries == All() and strategy(plain).objective.distillation is None
+    assert plain.only("fedavg").identity() != chosen.only("fedavg").identity()
+
+
+def test_a_strategys_own_stay_unless_others_are_given(tmp_path: Path):
+    plain = read(settings(tmp_path, "latent = 4"))
+    assert isinstance(strategy(plain, "lth_sad").entries, Lottery)
+    assert strategy(plain, "lth_sad").objective.distillation is not None
+    changed = read(settings(tmp_path, TABLES), ["lth_sad.entries.kind=k_of_n", "lth_sad.entries.keep=0.5"])
+    assert strategy(changed, "lth_sad").entries == KOfN(0.5)
+    assert "item_embedding_logits" in recommender_of(changed.of("lth_sad")[0], 9, 9).layout.tensors
+    assert strategy(changed, "dpf").entries == Lottery(0.4, every=2)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_kind_can_be_set(kind: str):
+    assert isinstance(entries.from_settings({"kind": kind, "keep": 0.5}), KINDS[kind])
+    with pytest.raises(ConfigError, match="keep"):
+        entries.from_settings({"kind": kind, "keep": 1.5})
+    with pytest.raises(ConfigError, match=f'entries {kind}: unknown setting "kep".*Did you mean "keep"'):
+        entries.from_settings({"kind": kind, "kep": 0.5})
+    with pytest.raises(ConfigError, match=f"entries {kind}: "):
+        entries.from_settings({"kind": kind, "keep": "half"})
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("entries.kind=lotery", 'unknown kind of entries "lotery".*Did you mean "lottery"'),
+        ("entries.evry=3", 'entries lottery: unknown setting "evry".*Did you mean "every"'),
+        ("entries.step=2.0", r"step is 2.0; it must be in \(0, 1\)"),
+        ("entries.every=soon", "entries lottery: "),
+        ("distillation.teacher=lokal", 'unknown teacher "lokal".*Did you mean "local"'),
+        ("distillation.atention=0.5", 'distillation: unknown setting "atention".*Did you mean "attention"'),
+        ("distillation.weight=2.0", r"distillation weight is 2.0; it must be in \[0, 1\]"),
+        ("distillation.weight=much", "distillation: "),
+        ("entry.kind=lottery", 'unknown setting "entry".*Did you mean "entries"'),
+        ("entries=lottery", "entries = 'lottery'"),
+        ("distillation=local", "distillation = 'local'"),
+        ("nested=-1", "nested = -1"),
+        ("lth_sad.kep=0.5", r'\[lth_sad\]: unknown setting "kep".*Did you mean "keep"'),
+    ],
+)
+def test_mistakes_name_the_nearest(tmp_path: Path, change: str, text: str):
+    path = settings(tmp_path, TABLES)
+    name = change.split(".")[0] if change.startswith("lth") else "fedavg"
+    with pytest.raises(ConfigError, match=text):
+        strategy(read(path, [change]), name)
+
+
+def test_what_a_kind_needs_is_said():
+    with pytest.raises(ConfigError, match=r'entries lottery needs "keep"; set it as entries\.keep='):
+        entries.from_settings({"kind": "lottery"})
+    with pytest.raises(ConfigError, match="unknown kind of entries"):
+        entries.from_settings({"keep": 0.5})
+
+
+def test_a_run_reads_them(tmp_path: Path):
+    """End to end: a teacher's time and a ticket's share stand in the summary's events."""
+    chosen = read(settings(tmp_path, TABLES)).only("fedavg")
+    seen: list[dict] = []
+    run(chosen, tmp_path / "out", split=read_data(chosen), watch=seen.append)
+    assert all(event["seconds"]["teacher"] > 0 for event in seen)
+    assert [round(event["entries"]["kept"], 1) for event in seen] == [1.0, 1.0, 0.8]
