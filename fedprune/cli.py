@@ -79,7 +79,9 @@ def compress(
     method: Annotated[str, typer.Option(help="sp-sad, lth-sad, ss-sad, or magnitude")] = "sp-sad",
     keep: Annotated[float, typer.Option(help="share of the parameters that is left")] = 0.33,
     data: Annotated[str | None, typer.Option(help="a known data set, or a file; default: the source's, or ml-100k")] = None,
-    rounds: Annotated[int, typer.Option(min=4, help="of the dense model's and of the student's last training")] = 40,
+    rounds: Annotated[
+        int, typer.Option(min=4, help="of the student's last training; the dense one's: half as many again")
+    ] = 40,
     set_: Changes = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where models are kept")] = Path("compressed"),
     as_json: AsJson = False,
@@ -104,7 +106,7 @@ def compress(
                     tasks[name] = progress.add_task(name, total=of)
                 progress.update(tasks[name], completed=number)
 
-            recipe = compressing.Recipe(rounds=rounds)
+            recipe = compressing.Recipe(dense=rounds * 3 // 2, rounds=rounds)
             result = compressing.compress(settings, method, keep, out, run=run, recipe=recipe, watch=watch)
         _say(result, as_json)
         if not as_json:

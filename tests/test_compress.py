@@ -24,7 +24,7 @@ from fedprune.recommenders import build
 from fedprune.simulation import read_data
 from fedprune.submodel import Submodel, extract
 
-QUICK = Recipe(rounds=6, retrain=3, prunings=2, early=2, evaluations=3)
+QUICK = Recipe(dense=6, rounds=6, retrain=3, prunings=2, early=2, evaluations=3)
 
 
 def rated(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from fedprune.distill import Distillation
 from fedprune.errors import ConfigError, unknown
 from fedprune.evaluation import evaluate, rating_errors
 from fedprune.pruning import Given
+from fedprune.random import stream
 from fedprune.serving import listen, scorer
 from fedprune.simulation import prepare
 from fedprune.strategy import one_round
@@ -39,7 +40,8 @@ class Recipe:
     """How long and how to train.
 
     Attributes:
-        rounds: of the dense model, and of a student's last training.
+        dense: rounds of the dense model.
+        rounds: of a student's last training.
         retrain: of each ticket on the way.
         prunings: steps in which a ticket shrinks to its final share.
         early: round of the checkpoint that tickets rewind to.
@@ -48,8 +50,9 @@ class Recipe:
         lr_private, decay_private: of ratings, where all examples are a user's own and overfit sooner.
     """
 
+    dense: int = 60
     rounds: int = 40
-    retrain: int = 15
+    retrain: int = 10
     prunings: int = 3
     early: int = 3
     evaluations: int = 10
@@ -59,10 +62,10 @@ class Recipe:
     decay_private: float = 0.02
 
     def __post_init__(self) -> None:
-        if min(self.rounds, self.retrain, self.prunings, self.evaluations) < 1 or not 0 <= self.early < self.rounds:
+        if min(self.dense, self.rounds, self.retrain, self.prunings, self.evaluations) < 1 or not 0 <= self.early < self.dense:
             raise ConfigError(
-                f"rounds {self.rounds}, retrain {self.retrain}, prunings {self.prunings} and evaluations {self.evaluations} "
-                f"must be at least 1, early {self.early} from 0 to rounds - 1"
+                f"dense {self.dense}, rounds {self.rounds}, retrain {self.retrain}, prunings {self.prunings} and evaluations "
+                f"{self.evaluations} must be at least 1, early {self.early} from 0 to dense - 1"
             )
 
 
@@ -123,7 +126,7 @@ class Bench:
     def dense(self, given: Tensors | None = None) -> Fitted:
         """The teacher: trained here, or a run's model to which private rows are fitted."""
         if given is None:
-            return self._train("dense", Submodel.full(self.layout), None, self.start, self.recipe.rounds)
+            return self._train("dense", Submodel.full(self.layout), None, self.start, self.recipe.dense)
         return self._fitted_to(given)
 
     def student(self, method: str, keep: float, teacher: Fitted) -> Fitted:
@@ -172,13 +175,18 @@ class Bench:
     def _train(
         self, name: str, submodel: Submodel, distillation: Distillation | None, start: tuple[Tensors, Tensors], rounds: int
     ) -> Fitted:
-        """Train a submodel from here; the best of the validated rounds. Rounds and optimisers start anew."""
+        """Train a submodel from here; the best of the validated rounds. Rounds and optimisers start anew.
+
+        Chance is each training's own: a student that met the negatives again that its teacher has learned by heart was
+        measured to lose .01 of NDCG.
+        """
         simulation, population = self.simulation, self.simulation.fleet.population
         objective = replace(simulation.strategy.objective, distillation=distillation)
         strategy = replace(simulation.strategy, pruning=Given(submodel), objective=objective)
         simulation.fleet.settle()
         population.restart(start[1])
-        state = replace(simulation.state, model=dict(start[0]))
+        seed = int(stream(self.settings.seed, name).integers(2**31))
+        state = replace(simulation.state, model=dict(start[0]), seed=seed)
         best: Fitted | None = None
         early: tuple[Tensors, Tensors] | None = None
         looks = {round(rounds * look / self.recipe.evaluations) for look in range(1, self.recipe.evaluations + 1)}
