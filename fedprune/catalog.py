@@ -6,9 +6,10 @@ What nobody has published is one `dataclasses.replace` away.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from fedprune.distill import Distillation
 from fedprune.entries import Entries, Feedback, KOfN, Lottery, Personal, Salient
@@ -231,7 +232,7 @@ def hermes(*, keep: float = 0.5, step: float = 0.2, above: float = 0.5, cohort: 
 
 
 def prunefl(*, keep: float = 0.1, every: int = 50, decrease: float = 0.3, cohort: int | None = None) -> Strategy:
-    """One mask for all, of the entries whose gradients promise most for their cost. PruneFL-style, see `Salient`.
+    """One mask for all, of the entries with the largest gradients in a dense round. PruneFL-style, see `Salient`.
 
     Jiang et al. 2019, arXiv:1909.12326. Equals fedavg until the first reconfiguration.
     """
@@ -255,7 +256,7 @@ def build(name: str, **settings: Any) -> Strategy:
     """A strategy of the catalog by its name.
 
     Raises:
-        ConfigError: an unknown name or setting, or a setting that the strategy needs and did not get.
+        ConfigError: an unknown name or setting, one of another type or out of range, or one that is needed and not given.
     """
     if name not in CATALOG:
         raise ConfigError(unknown("strategy", name, CATALOG))
@@ -266,7 +267,22 @@ def build(name: str, **settings: Any) -> Strategy:
     missing = [k for k, p in parameters.items() if p.default is inspect.Parameter.empty and k not in settings]
     if missing:
         raise ConfigError(f'strategy {name} needs "{missing[0]}"; set it as {name}.{missing[0]}=...')
+    wanted = get_type_hints(CATALOG[name])
+    for key, value in settings.items():
+        if not _fits(value, kinds := get_args(wanted[key]) or (wanted[key],)):
+            words = " or ".join(WORDS[kind] for kind in kinds)
+            raise ConfigError(f"strategy {name}: {key} is {value!r}; it must be {words}")
     return CATALOG[name](**settings)
+
+
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none"}
+"""What settings may be."""
+
+
+def _fits(value: object, kinds: Collection[type]) -> bool:
+    if value is None or isinstance(value, bool | str):
+        return type(value) in kinds
+    return (int in kinds and isinstance(value, numbers.Integral)) or (float in kinds and isinstance(value, numbers.Real))
 
 
 def trained_with(
@@ -283,6 +299,8 @@ def trained_with(
     masks, unless the experiment has some of its own.
     """
     own = strategy.objective
+    if objective.nested and isinstance(strategy.entries if entries is None else entries, KOfN):
+        raise ConfigError("a narrower self and k of n entries do not go together; set nested to 0, or take another mask")
     return replace(
         strategy,
         objective=replace(

@@ -119,7 +119,7 @@ def export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, with run.json and model.safetensors")],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="where compact.safetensors and export.json go")],
     width: Annotated[
-        float, typer.Option("--width", metavar="RATE", help="the rate whose submodel it is; 1: the largest")
+        float, typer.Option("--width", metavar="RATE", help="the rate whose submodel it is; 1: the full width")
     ] = 1.0,
     client: Annotated[int | None, typer.Option(help="whose masks, where every client has its own")] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="compact.onnx too; needs the extra onnx")] = False,
@@ -226,10 +226,6 @@ class _refusals:
             raise typer.Exit(130) from None
 
 
-if __name__ == "__main__":
-    app()
-
-
 def _beside(models: Mapping[str, Mapping[str, Any]]) -> None:
     """What models cost and are worth, side by side; what none of them has is left out."""
     table = Table("", *models, box=None)
@@ -251,3 +247,7 @@ def _beside(models: Mapping[str, Mapping[str, Any]]) -> None:
         if all(value is not None for value in values):
             table.add_row(name, *(format(value, text) for value in values))
     Console().print(table)
+
+
+if __name__ == "__main__":
+    app()

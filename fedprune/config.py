@@ -209,5 +209,7 @@ def read(path: Path | None, changes: Sequence[str] = (), base: Mapping[str, Any]
             target = target.setdefault(part, {})
             if not isinstance(target, dict):
                 raise ConfigError(f'--set {change}: "{part}" is a setting, not a table')
+        if name == "kind" and target.get("kind", value) != value:
+            target.clear()  # what the file says of another kind
         target[name] = value
     return validated(values)

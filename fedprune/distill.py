@@ -72,9 +72,9 @@ class Distillation:
             raise ConfigError(f"compared is {self.compared}; a relation needs at least 2 rows")
 
     @property
-    def whole(self) -> bool:
-        """Whether the teacher is a whole model that has to be where the client trains."""
-        return self.teacher in ("local", "sent", "given")
+    def active(self) -> bool:
+        """Whether any of the terms counts; a teacher that says nothing is not paid for."""
+        return max(self.weight, self.ranking, self.attention, self.relation) > 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Lesson:
     Attributes:
         scores: `[clients, batch]`.
         rank: place in the teacher's list, from 1; 0 for a client's own examples; `[clients, batch]`.
+        listed: what each place weighs in ranking distillation, times its user's positives, `[clients, batch]`.
         attention: |h|^2 of the teacher, `[clients, batch]`; None where not asked for.
         compared: positions among the client's rows, int64 `[clients, compared]`.
         similarity: per embedding the teacher's cosines between those rows, `[clients, compared, compared]`.
@@ -91,14 +92,19 @@ class Lesson:
 
     scores: Tensor
     rank: Tensor
+    listed: Tensor
     attention: Tensor | None = None
     compared: Tensor | None = None
     similarity: Mapping[str, Tensor] | None = None
 
     def at(self, chosen: Tensor) -> Lesson:
         """For some of the examples, int64 `[clients, chosen]`."""
-        attention = None if self.attention is None else self.attention.gather(1, chosen)
-        return replace(self, scores=self.scores.gather(1, chosen), rank=self.rank.gather(1, chosen), attention=attention)
+        given = {
+            name: tensor.gather(1, chosen)
+            for name in ("scores", "rank", "listed", "attention")
+            if (tensor := getattr(self, name)) is not None
+        }
+        return replace(self, **given)
 
 
 def taught_loss(
@@ -106,7 +112,6 @@ def taught_loss(
     lesson: Lesson,
     task: Tensor,
     scores: Tensor,
-    label: Tensor,
     weight: Tensor,
     *,
     ratings: bool = False,
@@ -118,7 +123,6 @@ def taught_loss(
     Args:
         task: each example's own loss, `[clients, batch]`.
         scores: the student's, `[clients, batch]`.
-        label: 1.0 for positives.
         weight: 1.0 for examples, 0.0 for padding and for what is only on the teacher's list.
         activity: the student's |h|^2, `[clients, batch]`.
         embeddings: the student's item embeddings, `[clients, rows, width]` each.
@@ -129,9 +133,7 @@ def taught_loss(
         heard = torch.maximum(weight, (lesson.rank > 0).to(weight))
         loss = loss + a * (soft_loss(scores, lesson.scores, d.temperature, ratings=ratings) * heard).sum(1)
     if d.ranking:
-        listed = torch.where(lesson.rank > 0, torch.exp(-lesson.rank / d.decay), 0.0)
-        share = listed / torch.exp(-torch.arange(1, d.top + 1) / d.decay).sum()
-        loss = loss + d.ranking * (share * F.softplus(-scores)).sum(1) * (label * weight).sum(1)
+        loss = loss + d.ranking * (lesson.listed * F.softplus(-scores)).sum(1)
     count = weight.sum(1)
     if d.attention and activity is not None and lesson.attention is not None:
         loss = loss + d.attention * count * attention_loss(activity * weight, lesson.attention * weight)

@@ -12,7 +12,7 @@ from fedprune.objective import Objective
 from fedprune.submodel import Submodel
 from fedprune.types import Bytes, ClientId, FloatArray, IntArray, Rate, Seconds, Tensors, Ticket, Version
 
-PARTS = ("download", "loading", "training", "teacher", "upload")
+PARTS = ("download", "loading", "teacher", "training", "upload")
 """What a client's time and energy go to while it is busy; then it may wait for the others."""
 
 
@@ -55,7 +55,7 @@ class Cost:
     source: Literal["modelled", "measured"] = "modelled"
 
     def cut_off(self, after: Seconds) -> Cost:
-        """What was spent by a client that vanished `after` seconds: it downloads first, then trains, then uploads."""
+        """What was spent by a client that vanished `after` seconds: download, teacher, training, upload, in this order."""
         left, shares = after, {}
         for part in PARTS:
             seconds = getattr(self.seconds, part)
@@ -71,11 +71,11 @@ class Cost:
             joules=spent[1],
             bytes_down=round(self.bytes_down * shares["download"]),
             bytes_up=round(self.bytes_up * shares["upload"]),
-            flops=self.flops * _mean(shares, self.seconds),
+            flops=self.flops * _computed(shares, self.seconds),
         )
 
 
-def _mean(shares: Mapping[str, float], seconds: Split) -> float:
+def _computed(shares: Mapping[str, float], seconds: Split) -> float:
     """Share of the computing that is done."""
     computing = seconds.training + seconds.teacher
     done = shares["training"] * seconds.training + shares["teacher"] * seconds.teacher

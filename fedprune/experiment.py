@@ -22,7 +22,7 @@ from fedprune.merge import Adam, Average, Merge
 from fedprune.objective import Objective
 from fedprune.recommenders import Recommender
 from fedprune.record import RunRecord, Snapshot, ledger_rows, line
-from fedprune.report.summary import summarise
+from fedprune.report.summary import SAME_TICKET, summarise, ticket_of
 from fedprune.strategy import ServerState, Strategy, one_round
 from fedprune.types import Tensors
 
@@ -43,7 +43,7 @@ class Experiment(Protocol):
 
     @property
     def strategy(self) -> Strategy:
-        """The seven answers."""
+        """The eight answers."""
         ...
 
     @property
@@ -159,9 +159,11 @@ def _evaluated(event: dict[str, Any], evaluation: dict[str, dict[str, float]], p
     if not evaluation:
         return False
     event["evaluation"] = evaluation
-    kept = event.get("entries", {}).get("kept", 1.0)
-    if kept < progress.get("kept", 1.0) - 1e-6:  # a smaller ticket: what larger ones reached does not count
-        progress |= {"best": None, "flat": 0, "kept": kept}
+    ticket, smallest = ticket_of(event), progress.get("ticket", 1.0)
+    if ticket > smallest + SAME_TICKET:
+        return False
+    if ticket < smallest - SAME_TICKET:  # what larger ones reached does not count
+        progress |= {"best": None, "flat": 0, "ticket": ticket}
     value = evaluation["validation"]["ndcg10_expected"]
     better = progress["best"] is None or value > progress["best"]
     progress |= {"best": value, "flat": 0} if better else {"flat": progress["flat"] + 1}
@@ -181,6 +183,7 @@ def strategy_of(settings: Settings, arguments: dict[str, Any]) -> Strategy:
 
 def objective_of(settings: Settings) -> Objective:
     """What clients minimise, before the strategy adds its own terms."""
+    taught = distill.from_settings(settings.distillation) if settings.distillation else None
     return Objective(
         negatives=settings.negatives,
         epochs=settings.epochs,
@@ -192,7 +195,7 @@ def objective_of(settings: Settings) -> Objective:
         recency=settings.recency_weight if settings.recency else 0.0,
         horizon=settings.recency_horizon,
         nested=settings.nested,
-        distillation=distill.from_settings(settings.distillation) if settings.distillation else None,
+        distillation=taught if taught is not None and taught.active else None,
     )
 
 

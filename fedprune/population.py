@@ -170,11 +170,12 @@ class Population:
 
     def rows_of_client(self, objective: Objective) -> IntArray:
         """Upper bound of the touched rows per client (reached with one user per client)."""
-        return np.minimum(self.examples_of_client(objective) + self.listed_of_client(objective), self.items)
+        judged = np.array([len(users) for users in self.users_of]) if objective.gate else 0
+        return np.minimum(self.examples_of_client(objective) + self.listed_of_client(objective) + judged, self.items)
 
     def stacks(self, clients: Sequence[ClientId], objective: Objective, limit: int) -> list[list[int]]:
         """Positions in `clients`, sorted by examples (so there is little padding) and cut near `limit` padded examples."""
-        sizes = self.examples_of_client(objective)[np.asarray(clients)]
+        sizes = (self.examples_of_client(objective) + self.listed_of_client(objective))[np.asarray(clients)]
         stacks: list[list[int]] = []
         for place in np.argsort(sizes, kind="stable").tolist():
             if stacks and (len(stacks[-1]) + 1) * sizes[place] <= limit:

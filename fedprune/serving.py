@@ -69,22 +69,34 @@ def listen(
     steps: int,
     seed: int,
     version: int,
+    submodels: Sequence[Submodel] | None = None,
 ) -> None:
     """Clients that never get an order fit their private rows to the served model, or they could be shown nothing.
 
     `steps` Adam steps with the rest of the model frozen and fresh negatives, continuing from where they were. They upload
     nothing, nobody waits for them, and their time is not in the ledger: it is part of serving.
+
+    Args:
+        model: the full one, or one that is cut along the only submodel already.
+        submodels: what each of these clients is served with, in their order; None: the model as it is.
     """
     layout = recommender.layout
-    columns = private_columns(layout, Submodel.full(layout))
-    for stack in population.stacks(clients, objective, STACK):
-        part = [clients[place] for place in stack]
-        tickets = [(version + 1) * population.clients + c for c in part]
-        examples = population.draw(part, tickets, objective, seed ^ 0x5EED)
-        frozen, private = received(layout, model, examples), population.take(examples.users, columns)
-        for _ in range(steps):
-            private = train(recommender, frozen, private, examples, objective, frozen=True).private
-        population.put(examples.users, columns, private, examples.real_users)
+    groups: dict[bytes, list[int]] = {}
+    held = [Submodel.full(layout)] * len(clients) if submodels is None else submodels
+    for place, submodel in enumerate(held):
+        groups.setdefault(submodel.held_key, []).append(place)
+    for places in groups.values():
+        submodel, alike = held[places[0]], [clients[place] for place in places]
+        cut = model if submodels is None else extract(model, layout, submodel)
+        columns = private_columns(layout, submodel)
+        for stack in population.stacks(alike, objective, STACK):
+            part = [alike[place] for place in stack]
+            tickets = [(version + 1) * population.clients + c for c in part]
+            examples = population.draw(part, tickets, objective, seed ^ 0x5EED)
+            frozen, private = received(layout, cut, examples), population.take(examples.users, columns)
+            for _ in range(steps):
+                private = train(recommender, frozen, private, examples, objective, frozen=True).private
+            population.put(examples.users, columns, private, examples.real_users)
 
 
 def own_submodels(client_of_user: IntArray, submodels: Sequence[Submodel]) -> list[Submodel]:

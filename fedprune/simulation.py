@@ -95,10 +95,13 @@ class Simulation:
         """
         settings, recommender, split = self.settings, self.recommender, self.split
         self.fleet.settle()
+        state = self.strategy.begun(state)
+        held = self._submodels(state)
         if silent and settings.listen_steps:
             listen(
                 recommender, self.listeners, state.model, silent, self.strategy.objective,
                 steps=settings.listen_steps, seed=settings.seed, version=state.version,
+                submodels=[held[client] for client in silent],
             )  # fmt: skip
         slow = self._slow_users()
         listening = torch.from_numpy(np.isin(self.client_of_user, np.array(silent, int)))
@@ -106,7 +109,7 @@ class Simulation:
             name: torch.where(listening.reshape(-1, *[1] * (rows.dim() - 1)), self.listeners.private.values[name], rows)
             for name, rows in self.fleet.population.private.values.items()
         }
-        own = own_submodels(self.client_of_user, self._submodels(state))
+        own = own_submodels(self.client_of_user, held)
         result: dict[str, dict[str, float]] = {}
         scorers = {"": scorer(recommender, state.model, private, own)}
         if len({s.held_key for s in own}) > 1 or own[0].held_key != Submodel.full(recommender.layout).held_key:
@@ -225,7 +228,7 @@ def warm_start_event(experiment: Simulation) -> dict[str, Any]:
     An iteration moves the embeddings down and up once and multiplies a client's own rows by them twice.
     """
     settings, population, devices = experiment.settings, experiment.fleet.population, experiment.fleet.devices
-    layout = plain_recommender(settings, population.positives.shape[0], population.items).layout
+    layout = plain_recommender(settings, len(population.client_of_user), population.items).layout
     times = settings.warm_start
     latent = sum(layout.row_entries(n, layout.full) for n in layout.named("touched") if len(layout.tensors[n]) == 2)
     rows = population.positives_of_client.astype(float)

@@ -50,9 +50,12 @@ class Strategy:
     def submodels(self, state: ServerState, clients: IntArray, roster: Roster) -> list[Submodel]:
         """What each of these clients' devices would hold if it were asked now; users are served with that."""
         rates = self.rates.propose(state.rates, clients, roster, state.layout.smallest_rate).tolist()
-        if not state.pruning and not state.entries:  # nothing was ever asked
-            state = prepared(self, state)
+        state = self.begun(state)
         return [self.carve(state, client, rate) for client, rate in zip(clients.tolist(), rates, strict=True)]
+
+    def begun(self, state: ServerState) -> ServerState:
+        """The server with its first masks drawn, if nothing was ever asked."""
+        return state if state.pruning or state.entries else prepared(self, state)
 
     def carve(self, state: ServerState, client: ClientId, rate: Rate) -> Submodel:
         """What a client gets at a rate: its units, and the entries of these that are there."""

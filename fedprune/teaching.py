@@ -15,6 +15,9 @@ from fedprune.submodel import Submodel
 from fedprune.training import entry_masks, gathered, received
 from fedprune.types import IntArray, Tensors
 
+LISTED = 256
+"""Users whose whole catalogue is scored at once."""
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -36,8 +39,11 @@ class Teacher:
         """Its first `top` items for each user, best first, of those that are not barred."""
 
         def listed(users: IntArray, barred: Tensor) -> tuple[Tensor, Tensor]:
-            scores = self._scores(users).masked_fill(barred, -torch.inf)
-            best, items = scores.topk(min(top, scores.shape[1]), dim=1)
+            parts = []
+            for start in range(0, len(users), LISTED):  # memory grows with users x items, and x width where there is a tower
+                scores = self._scores(users[start : start + LISTED])
+                parts.append(scores.masked_fill(barred[start : start + LISTED], -torch.inf).topk(min(top, scores.shape[1])))
+            best, items = (torch.cat([part[place] for part in parts]) for place in (0, 1))
             return items, best > -torch.inf
 
         return listed
@@ -55,9 +61,11 @@ class Teacher:
             compared, similarity = None, None
             if distillation.relation:
                 compared = _spread(examples, distillation.compared)
-                similarity = {n: cosines(rows[n], compared) for n in layout.named("touched") if rows[n].dim() == 3}
+                seen = rows if self.recommender.effective is None else self.recommender.effective(rows)
+                names = [name for name in layout.named("touched") if name in seen and seen[name].dim() == 3]
+                similarity = {name: cosines(seen[name], compared) for name in names}
         rank = torch.zeros_like(examples.weight) if examples.rank is None else examples.rank
-        return Lesson(scores, rank, attention, compared, similarity)
+        return Lesson(scores, rank, _listed(distillation, examples, rank), attention, compared, similarity)
 
     def _rows(self, users: Tensor) -> Tensors:
         columns = private_columns(self.recommender.layout, self.submodel)
@@ -116,6 +124,15 @@ def gates(
     negative = examples.weight.bool() & (examples.label == 0) & counts & other  # a rating of 4 is none
     won = (beaten > scores).float() + 0.5 * (beaten == scores).float()
     return (won * negative).sum(1) / negative.sum(1)
+
+
+def _listed(distillation: Distillation, examples: Examples, rank: Tensor) -> Tensor:
+    """What each place of a list weighs, times the positives of its own user; `[clients, batch]`."""
+    positive = examples.weight * (examples.label > 0)
+    user = torch.zeros_like(rank, dtype=torch.int64) if examples.user_at is None else examples.user_at
+    positives = torch.zeros(examples.users.shape).scatter_add_(1, user, positive).gather(1, user)
+    whole = torch.exp(-torch.arange(1, distillation.top + 1) / distillation.decay).sum()
+    return torch.where(rank > 0, torch.exp(-rank / distillation.decay) / whole, 0.0) * positives
 
 
 def _spread(examples: Examples, most: int) -> Tensor:

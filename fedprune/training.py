@@ -68,17 +68,15 @@ def train(
             current = {n: t + update[n] if n in update else t for n, t in received.items()}
             loss, gradient, of_private = step.gradients(current, private, part)
             if not len(first_loss):
-                first_loss = loss / part.count
+                first_loss = loss / part.count.clamp(min=1)
             for name, change in gradient.items():
                 if layout.kind(name) == "shared":
                     change = change / _like(part.count.clamp(min=1), change)
                 if objective.proximal and name in update:
-                    at_work = (part.count > 0).float()  # who has run out of examples takes no step, not even back
+                    at_work = part.heard.any(1).float()  # who has run out of examples takes no step, not even back
                     change = change + objective.proximal * _like(at_work, change) * update[name]
                 if name in trained:
                     change = change * trained[name]
-                if recommender.penalty is not None and layout.kind(name) == "touched":
-                    change = change * _like(examples.present.to(change), change)  # padding has tensors of its own to punish
                 update[name] = update[name] - objective.lr * change if name in update else change.mul_(-objective.lr)
             private = _adam(private, of_private, part, examples, objective)
         for _ in range(objective.private_steps):
@@ -227,7 +225,7 @@ class _Step:
         scores = self.recommender.score(inputs)
         errors = objective.error(scores, part.label)
         loss = (errors * part.weight).sum(1)
-        total = loss if part.lesson is None else self._taught(part.lesson, errors, scores, inputs, leaves, part)
+        total = loss if part.lesson is None else self._taught(part.lesson, errors, scores, inputs, visible, part)
         if objective.nested:
             narrow = self.recommender.score({n: t * self.narrow[n] if n in self.narrow else t for n, t in inputs.items()})
             soft = soft_loss(narrow, scores.detach(), 1.0, ratings=objective.task == "ratings")
@@ -250,22 +248,24 @@ class _Step:
     def _taught(
         self, lesson: Lesson, errors: Tensor, scores: Tensor, inputs: Tensors, leaves: Tensors, part: Examples
     ) -> Tensor:
-        distillation, activity = self.objective.distillation, self.recommender.activity
+        distillation, activity, effective = self.objective.distillation, self.recommender.activity, self.recommender.effective
         assert distillation is not None
         active = activity(inputs) if activity is not None and distillation.attention else None
         return taught_loss(
-            distillation, lesson, errors, scores, part.label, part.weight,
-            ratings=self.objective.task == "ratings", activity=active, embeddings=leaves,
+            distillation, lesson, errors, scores, part.weight,
+            ratings=self.objective.task == "ratings", activity=active,
+            embeddings=leaves if effective is None else effective(leaves),
         )  # fmt: skip
 
 
 def _adam(private: Private, gradient: Tensors, part: Examples, examples: Examples, objective: Objective) -> Private:
     """One Adam step of the users that have examples in this part; others keep values and moments."""
     if part.user_at is None:
-        count = part.count[:, None]
+        count, active = part.count[:, None], part.heard.any(1, keepdim=True)
     else:
-        count = torch.zeros(examples.users.shape).scatter_add_(1, part.user_at, part.weight)
-    active = count > 0
+        none = torch.zeros(examples.users.shape)
+        count = none.scatter_add(1, part.user_at, part.weight)
+        active = none.scatter_add(1, part.user_at, part.heard.float()) > 0
     steps = private.steps + active
     beta1, beta2 = objective.betas
     values, first, second = {}, {}, {}

@@ -38,7 +38,8 @@ def workload(
     """Of a client with so many examples, so many further items on its teacher's lists, and so many item rows that travel.
 
     A teacher scores each example once per order. To list items, the device's own teacher scores the whole catalogue for each
-    of its users, of which there are listed / top. A narrower self is one more forward and backward pass at its width.
+    of its users, of which there are listed / top. A narrower self is one more forward and backward pass at its width, a gate
+    one more forward pass.
     """
     each, teacher, moved = _per_example(layout, submodel, objective), 0.0, sizes(layout, submodel, rows)
     taught, down, distillation = examples + listed, moved.down, objective.distillation
@@ -47,14 +48,16 @@ def workload(
         scored = taught + (items * listed / distillation.top if distillation.top else 0)
         match distillation.teacher:
             case "local":
-                teacher, down = scored * full, layout.bytes(layout.full, rows) + moved.masks
+                table = items if distillation.top else rows  # whoever lists items needs them all
+                teacher, down = scored * full, layout.bytes(layout.full, table) + moved.masks
             case "past":
                 teacher = examples * layout.work(submodel.widths, submodel.widths).forward
             case "sent":
                 down += round(BYTES_PER_ENTRY * taught + ITEM_BYTES * listed)
             case "given":
                 teacher = scored * full
-    return Workload(each * taught, teacher, down, moved.up, moved.parameters)
+    judged = examples * layout.work(submodel.widths, submodel.widths).forward if objective.gate else 0.0
+    return Workload(each * taught + judged, teacher, down, moved.up, moved.parameters)
 
 
 @lru_cache(maxsize=8192)

@@ -35,7 +35,7 @@ from fedprune.types import FloatArray, IntArray, Memory, Rate
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "quickstart.toml"
-SECONDS = 3000
+SECONDS = 2000
 LOCAL = ["distillation.teacher=local", "distillation.weight=0.5"]
 NARROW = ["strategy=heterofl", "heterofl.server_lr=0.008"]
 PARTS: dict[str, list[str]] = {
@@ -43,16 +43,14 @@ PARTS: dict[str, list[str]] = {
     "heterofl": NARROW,
     "heterofl + teacher on the device": [*NARROW, *LOCAL],
     "heterofl + teacher's scores sent": [*NARROW, "distillation.teacher=sent", "distillation.weight=0.5"],
-    "heterofl + its top 20, ranking": [*NARROW, *LOCAL, "distillation.top=20", "distillation.ranking=0.5"],
     "heterofl + attention, relation": [*NARROW, "distillation.attention=0.1", "distillation.relation=0.1"],
     "heterofl + narrower self": [*NARROW, "nested=0.5"],
-    "heterofl + ticket of 1/2": [*NARROW, "entries.kind=lottery", "entries.keep=0.5", "entries.every=30", "entries.rewind=10"],
+    "heterofl + ticket of 1/2": [*NARROW, "entries.kind=lottery", "entries.keep=0.5", "entries.every=15", "entries.rewind=5"],
     "sp_sad": ["strategy=sp_sad", "sp_sad.server_lr=0.008"],
-    "sp_sad untaught": ["strategy=sp_sad", "sp_sad.server_lr=0.008", "sp_sad.taught=false"],
-    "ss_sad": ["strategy=ss_sad", "ss_sad.server_lr=0.008", "ss_sad.every=30", "ss_sad.rewind=10"],
-    "lth_sad": ["strategy=lth_sad", "lth_sad.every=4", "lth_sad.rewind=2"],
-    "lth_sad untaught": ["strategy=lth_sad", "lth_sad.every=4", "lth_sad.rewind=2", "lth_sad.taught=false"],
-    "lth_sad untaught, not rewound": ["strategy=lth_sad", "lth_sad.every=4", "lth_sad.rewind=none", "lth_sad.taught=false"],
+    "ss_sad": ["strategy=ss_sad", "ss_sad.server_lr=0.008", "ss_sad.every=15", "ss_sad.rewind=5"],
+    "lth_sad": ["strategy=lth_sad", "lth_sad.every=2", "lth_sad.rewind=1"],
+    "lth_sad untaught": ["strategy=lth_sad", "lth_sad.every=2", "lth_sad.rewind=1", "lth_sad.taught=false"],
+    "lth_sad untaught, not rewound": ["strategy=lth_sad", "lth_sad.every=2", "lth_sad.rewind=none", "lth_sad.taught=false"],
     "dpf by capability": ["strategy=dpf"],
     "dpf by capability, permanent mask": ["strategy=dpf", "dpf.every=0"],
     "dpp": ["strategy=dpp", "dpp.over=20"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from files import interactions, settings
 from typer.testing import CliRunner, Result
 
+from fedprune import cli
 from fedprune.cli import app
 
 KEYS = {
@@ -99,10 +101,18 @@ def test_list(what: str) -> None:
         (["--set", "data=nowhere.csv"], "nowhere.csv"),
         (["--set", "silos=4000"], "4000"),
         (["--set", "latent=0"], "latent"),
+        (["--set", "strategy=lth_sad", "--set", "lth_sad.keep=abc"], "strategy lth_sad: keep is 'abc'; it must be a number"),
     ],
 )
 def test_refusals_name_fact_and_cure(tmp_path: Path, words: list[str], saying: str) -> None:
     assert saying in refused("run", settings(tmp_path), *words, "--out", tmp_path / "out")
+
+
+def test_it_runs_as_a_script() -> None:
+    """By its name, everything that a command uses must be there before it starts."""
+    tree = ast.parse(Path(cli.__file__).read_text())
+    assert isinstance(tree.body[-1], ast.If), "what stands below is missing when the file is run"
+    assert not any(isinstance(part, ast.If) for part in tree.body[:-1])
 
 
 def test_other_wrong_input(tmp_path: Path) -> None:

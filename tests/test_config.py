@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_type_hints
 
+import numpy as np
 import pytest
 from files import settings
 
-from fedprune import entries
+from fedprune import catalog, entries
 from fedprune.config import Settings, read
 from fedprune.distill import Distillation
 from fedprune.entries import KINDS, All, Feedback, KOfN, Lottery
 from fedprune.errors import ConfigError
-from fedprune.experiment import recommender_of, strategy_of
+from fedprune.experiment import objective_of, recommender_of, strategy_of
 from fedprune.simulation import read_data, run
 from fedprune.strategy import Strategy
 
@@ -62,7 +64,7 @@ def test_a_strategys_own_stay_unless_others_are_given(tmp_path: Path):
     plain = read(settings(tmp_path, "latent = 4"))
     assert isinstance(strategy(plain, "lth_sad").entries, Lottery)
     assert strategy(plain, "lth_sad").objective.distillation is not None
-    changed = read(settings(tmp_path, TABLES), ["lth_sad.entries.kind=k_of_n", "lth_sad.entries.keep=0.5"])
+    changed = read(settings(tmp_path, TABLES), ["lth_sad.entries.kind=k_of_n", "lth_sad.entries.keep=0.5", "lth_sad.nested=0"])
     assert strategy(changed, "lth_sad").entries == KOfN(0.5)
     assert "item_embedding_logits" in recommender_of(changed.of("lth_sad")[0], 9, 9).layout.tensors
     assert strategy(changed, "dpf").entries == Lottery(0.4, every=2)
@@ -77,6 +79,30 @@ def test_every_kind_can_be_set(kind: str):
         entries.from_settings({"kind": kind, "kep": 0.5})
     with pytest.raises(ConfigError, match=f"entries {kind}: "):
         entries.from_settings({"kind": kind, "keep": "half"})
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_what_a_kind_is_cannot_be_set(kind: str):
+    for name in ("gate", "through") if kind != "feedback" else ("gate",):
+        with pytest.raises(ConfigError, match=f'entries {kind}: unknown setting "{name}"'):
+            entries.from_settings({"kind": kind, "keep": 0.5, name: True})
+    with pytest.raises(ConfigError, match="through is 'yes'; it must be true or false"):
+        entries.from_settings({"kind": "feedback", "through": "yes"})
+
+
+def test_every_strategys_settings_have_types(tmp_path: Path):
+    plain = read(settings(tmp_path, "latent = 4"), ["deadline.within=9", "fedprox.within=9"])
+    for name, row in catalog.CATALOG.items():
+        for key, kind in get_type_hints(row).items():
+            if key == "return":
+                continue
+            word = "true or false" if kind is bool else "a whole number" if "int" in str(kind) else "a number"
+            with pytest.raises(ConfigError, match=f"strategy {name}: {key} is 'abc'; it must be {word}"):
+                catalog.build(name, **plain.tables.get(name, {}) | {key: "abc"})
+    assert catalog.build("dpf", keep=1, until=None, every=np.int64(3)).entries == Feedback(1, every=3)
+    for key, value in (("taught", 1), ("every", 2.5), ("keep", True), ("keep", None), ("keep", [0.5])):
+        with pytest.raises(ConfigError, match=f"strategy lth_sad: {key} is "):
+            catalog.build("lth_sad", **{key: value})
 
 
 @pytest.mark.parametrize(
@@ -94,6 +120,9 @@ def test_every_kind_can_be_set(kind: str):
         ("entries=lottery", "entries = 'lottery'"),
         ("distillation=local", "distillation = 'local'"),
         ("nested=-1", "nested = -1"),
+        ("entries=[1]", "entries = "),
+        ("entries.kind=[1]", r'unknown kind of entries "\[1\]"'),
+        ("lth_sad.keep=abc", "strategy lth_sad: keep is 'abc'; it must be a number"),
         ("lth_sad.kep=0.5", r'\[lth_sad\]: unknown setting "kep".*Did you mean "keep"'),
     ],
 )
@@ -118,3 +147,21 @@ def test_a_run_reads_them(tmp_path: Path):
     run(chosen, tmp_path / "out", split=read_data(chosen), watch=seen.append)
     assert all(event["seconds"]["teacher"] > 0 for event in seen)
     assert [round(event["entries"]["kept"], 1) for event in seen] == [1.0, 1.0, 0.8]
+
+
+def test_another_kind_leaves_nothing_of_the_files(tmp_path: Path):
+    """The header of configs/tickets.toml does that."""
+    here = settings(tmp_path, "[entries]\nkind = 'lottery'\nkeep = 0.5\nrewind = 2\n")
+    assert read(here, ["entries.kind=feedback", "entries.keep=0.2"]).entries == {"kind": "feedback", "keep": 0.2}
+    assert read(here, ["entries.kind=lottery", "entries.every=3"]).entries["rewind"] == 2
+
+
+def test_a_teacher_that_says_nothing_is_not_paid_for(tmp_path: Path):
+    silent = read(settings(tmp_path, "[distillation]\nteacher = 'local'\nweight = 0.0\n"))
+    assert objective_of(silent).distillation is None
+
+
+def test_k_of_n_has_no_narrower_self(tmp_path: Path):
+    both = read(settings(tmp_path, "nested = 0.5\n[entries]\nkind = 'k_of_n'\nkeep = 0.5\n"))
+    with pytest.raises(ConfigError, match="do not go together"):
+        strategy(both, "fedavg")

@@ -96,7 +96,7 @@ def test_an_unfinished_run_is_exported_and_an_earlier_export_replaced(tmp_path: 
 
 def test_wrong_words_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder, out = finished(tmp_path), tmp_path / "device"
-    assert "holds no run.json" in refused(tmp_path / "nowhere", "--out", out)
+    assert "no run.json" in refused(tmp_path / "nowhere", "--out", out)
     assert f"there is {folder}" in refused(tmp_path / "out", "--out", out)
     assert "below its floor 1; the smallest rate" in refused(folder, "--out", out, "--width", "0.01")
     assert "not in (0, 1]" in refused(folder, "--out", out, "--width", "1.5")
@@ -113,7 +113,9 @@ def test_wrong_words_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mo
     (folder / "model.safetensors").unlink()
     assert "no model.safetensors yet" in refused(folder, "--out", out)
     (folder / "run.json").write_text("{")
-    assert "run.json is damaged" in refused(folder, "--out", out)
+    assert "run.json" in refused(folder, "--out", out)
+    (folder / "run.json").write_text("{}")
+    assert "run.json" in refused(folder, "--out", out)
     assert not out.exists() and not list(tmp_path.glob(".export-*"))
 
 
@@ -127,6 +129,18 @@ def test_what_fails_while_writing_leaves_nothing_behind(tmp_path: Path, monkeypa
     monkeypatch.setattr("fedprune.export.folder.portable.to_onnx", full)
     assert "No space left on device" in refused(folder, "--out", out, "--onnx")
     assert not out.exists() and not list(tmp_path.glob(".export-*"))
+
+
+def test_masks_that_nothing_has_taught_yet_follow_the_weights(tmp_path: Path):
+    """A best model from before the first round has random logits: the first round would start them from the weights."""
+    folder = finished(tmp_path, *MASKS["k_of_n"])
+    what = recommender_of(read(tmp_path / "mine.toml", MASKS["k_of_n"]).of("fedavg")[0], 30, 60)
+    fresh = ServerState(what.initial(0), what.layout, 0)
+    RunRecord(folder).keep_model(fresh)
+    assert call(folder, "--out", tmp_path / "device").exit_code == 0
+    table, weights = load(tmp_path / "device" / "compact.safetensors").tensors["item_embedding"], fresh.model["item_embedding"]
+    largest = weights.abs() >= weights.abs().topk(2, -1).values[:, -1:]
+    assert torch.equal(table, weights * largest)
 
 
 def test_masks_of_ones_own_need_a_client(tmp_path: Path):

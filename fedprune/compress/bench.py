@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from fedprune.axes import Layout
-from fedprune.compress.cutting import share, tickets, units
+from fedprune.compress.cutting import share, tickets, turned, units
 from fedprune.config import Settings
 from fedprune.data import Split
 from fedprune.distill import Distillation
@@ -47,7 +47,7 @@ class Recipe:
         early: round of the checkpoint that tickets rewind to.
         evaluations: how often validation looks at a training; the best round counts.
         implicit, ratings: what the teacher says, by task.
-        lr_private, decay_private: of ratings, where all examples are a user's own and overfit sooner.
+        lr_private, decay_private, server_lr: of ratings, where all examples are a user's own and overfit sooner.
     """
 
     dense: int = 60
@@ -59,7 +59,8 @@ class Recipe:
     implicit: Distillation = TAUGHT
     ratings: Distillation = TAUGHT
     lr_private: float = 0.02
-    decay_private: float = 0.02
+    decay_private: float = 0.3
+    server_lr: float = 0.01
 
     def __post_init__(self) -> None:
         if min(self.dense, self.rounds, self.retrain, self.prunings, self.evaluations) < 1 or not 0 <= self.early < self.dense:
@@ -105,9 +106,13 @@ class Bench:
     def __post_init__(self) -> None:
         if self.task == "ratings" and self.split.train.rating is None:
             raise ConfigError(f'{self.settings.data} has no ratings; the task "ratings" needs them')
-        one = {"strategy": "fedavg", "sigma": 1.0, "workload": "equal", "silos": None, "tables": {}, "strategies": []}
+        one: dict[str, Any] = {
+            "strategy": "fedavg", "sigma": 1.0, "workload": "equal", "silos": None, "tables": {}, "strategies": [],
+            "entries": {}, "distillation": {}, "nested": 0.0, "dropout": 0.0, "availability": 1.0, "noise": 0.0,
+        }  # fmt: skip
         if self.task == "ratings":
-            one |= {"lr_private": self.recipe.lr_private, "decay_private": self.recipe.decay_private, "recency": False}
+            names = ("lr_private", "decay_private", "server_lr")
+            one |= {name: getattr(self.recipe, name) for name in names} | {"recency": False}
         self.simulation = prepare(self.settings.model_copy(update=one), self.split)
         objective = replace(self.simulation.strategy.objective, task=self.task)
         self.simulation = replace(self.simulation, strategy=replace(self.simulation.strategy, objective=objective))
@@ -124,7 +129,10 @@ class Bench:
     # ---- the four ways, and the dense model --------------------------------------------------------------------------
 
     def dense(self, given: Tensors | None = None) -> Fitted:
-        """The teacher: trained here, or a run's model to which private rows are fitted."""
+        """The teacher: trained here, or a run's model to which private rows are fitted.
+
+        A run has no early checkpoint, so that tickets of its model go on from it instead of being rewound.
+        """
         if given is None:
             return self._train("dense", Submodel.full(self.layout), None, self.start, self.recipe.dense)
         return self._fitted_to(given)
@@ -147,8 +155,8 @@ class Bench:
                 ticket = tickets(teacher.model, layout, Submodel.full(layout), keep)
                 return self._train(method, ticket, None, (teacher.model, teacher.private), rounds)
             case "sp-sad":
-                cut = units(teacher.model, layout, keep)
-                return self._train(method, cut, distillation, (teacher.model, teacher.private), rounds)
+                start = turned(self.simulation.recommender, teacher.model, teacher.private)
+                return self._train(method, units(start[0], layout, keep), distillation, start, rounds)
             case "lth-sad":
                 return self._lottery(method, Submodel.full(layout), distillation, keep, teacher, teacher)
             case _:
@@ -162,11 +170,12 @@ class Bench:
     ) -> Fitted:
         """Prune what was trained, rewind, train again; the last ticket gets the longest training."""
         fitted, ticket, steps = first, held, self.recipe.prunings
+        assert teacher.early is not None
+        early = teacher.early
         begun = share(self.layout, held)
         for step in range(1, steps + 1):
             ticket = tickets(fitted.model, self.layout, ticket, begun * (keep / begun) ** (step / steps))
             rounds = self.recipe.rounds if step == steps else self.recipe.retrain
-            early = teacher.early or (teacher.model, teacher.private)
             fitted = self._train(f"{method}, ticket {step} of {steps}", ticket, distillation, early, rounds)
         return fitted
 
@@ -188,7 +197,7 @@ class Bench:
         seed = int(stream(self.settings.seed, name).integers(2**31))
         state = replace(simulation.state, model=dict(start[0]), seed=seed)
         best: Fitted | None = None
-        early: tuple[Tensors, Tensors] | None = None
+        early = None if self.recipe.early else (dict(start[0]), {n: t.clone() for n, t in start[1].items()})
         looks = {round(rounds * look / self.recipe.evaluations) for look in range(1, self.recipe.evaluations + 1)}
         for number in range(1, rounds + 1):
             state, _ = one_round(strategy, state, simulation.fleet)
@@ -203,7 +212,9 @@ class Bench:
             if self.watch is not None:
                 self.watch(name, number, rounds)
         assert best is not None
-        return replace(best, early=early, test=self.judge(best.model, best.private, submodel, "test"))
+        return replace(
+            best, early=early if name == "dense" else None, test=self.judge(best.model, best.private, submodel, "test")
+        )
 
     def judge(
         self, model: Tensors, private: Tensors, submodel: Submodel, on: Literal["validation", "test"]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fedprune.axes import Layout
 from fedprune.entries.base import largest, magnitudes, maskable
 from fedprune.errors import ConfigError
 from fedprune.pruning import Importance
+from fedprune.recommenders import Recommender
 from fedprune.submodel import Submodel, mask
 from fedprune.types import BoolArray, Rate, Tensors
 
@@ -38,6 +41,33 @@ def units(model: Tensors, layout: Layout, keep: float) -> Submodel:
     """The most important units of a model (`pruning.Importance`), so many that `keep` of its parameters and FLOPs is left."""
     importance = Importance()
     return importance.carve(importance.prepare({}, model, layout), layout, 0, 0, rate_for(layout, keep))
+
+
+def turned(recommender: Recommender, model: Tensors, private: Tensors) -> tuple[Tensors, Tensors]:
+    """The same scores in principal axes, most important first, where a recommender does not mind the basis (`bilinear`).
+
+    P Q^T = U S V^T becomes (U S^1/2)(V S^1/2)^T, so that leaving the last units out is the best approximation of that rank
+    (Eckart & Young 1936); in the basis that training happens to end in, no unit is much less important than the others.
+    Needs the two Gram matrices P^T P and Q^T Q alone, which are sums over users and over items.
+    """
+    model, private = dict(model), dict(private)
+    for own, touched in recommender.bilinear:
+        p, q = private[own].double(), model[touched].double()
+        (root_p, back_p), (root_q, back_q) = _roots(p.T @ p), _roots(q.T @ q)
+        u, values, vt = torch.linalg.svd(root_p @ root_q)
+        scale = values.sqrt()
+        private[own] = (p @ back_p @ u * scale).float().contiguous()
+        model[touched] = (q @ back_q @ vt.T * scale).float().contiguous()
+    return model, private
+
+
+def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root of a Gram matrix, and its pseudo-inverse."""
+    values, vectors = torch.linalg.eigh(gram)
+    large = values > values.max() * 1e-12
+    root = torch.where(large, values, 0.0).sqrt()
+    inverse = torch.where(large, 1 / root.clamp(min=1e-300), 0.0)
+    return (vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T
 
 
 def tickets(model: Tensors, layout: Layout, held: Submodel, keep: float) -> Submodel:

@@ -16,11 +16,13 @@ import torch
 from safetensors import safe_open
 
 from fedprune.compress.bench import Bench, Fitted, Recipe, Task, Watch
-from fedprune.config import Settings
+from fedprune.config import Settings, validated
 from fedprune.data import Split
 from fedprune.devices import DEVICES
 from fedprune.energy import find
+from fedprune.entries import All
 from fedprune.errors import ConfigError, RecordError, unknown
+from fedprune.experiment import digest, strategy_of
 from fedprune.export import Compact, compact, measure_all
 from fedprune.record import RunRecord, save, write
 from fedprune.simulation import fingerprint, read_data
@@ -63,16 +65,17 @@ def compress(
         FedpruneError: bad settings, data, method or share; a run whose model these settings do not describe.
     """
     split, recipe = split or read_data(settings), recipe or Recipe()
+    taken = None if run is None else _whole(run)
     if device not in DEVICES:
         raise ConfigError(unknown("device", device, DEVICES))
-    folder = out / _name(settings, recipe, run) / f"seed{settings.seed}"
+    folder = out / _name(settings, recipe, taken) / f"seed{settings.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{method}-{keep:.4g}.compact.safetensors"
     pair: dict[str, dict[str, Any]] = {"dense": {"mse": None, "mae": None}, "pruned": {"mse": None, "mae": None}}
     tasks: tuple[Task, ...] = ("implicit", "ratings") if split.train.rating is not None else ("implicit",)
     for task in tasks:
         bench = Bench(settings, split, task, recipe, watch)
-        model = RunRecord(run).kept_model().model if run is not None and task == "implicit" else None
+        model = taken if task == "implicit" else None
         dense = _kept(folder / f"{task}-dense.safetensors", bench, partial(bench.dense, model))
         pruned = _kept(folder / f"{task}-{method}-{keep:.4g}.safetensors", bench, partial(bench.student, method, keep, dense))
         for name, fitted in (("dense", dense), ("pruned", pruned)):
@@ -110,10 +113,24 @@ def _measured(models: dict[str, Compact], private: Tensors, device: str) -> dict
     return every
 
 
-def _name(settings: Settings, recipe: Recipe, run: Path | None) -> str:
+def _whole(run: Path) -> Tensors:
+    """A run's best model.
+
+    Raises:
+        RecordError: there is none.
+        ConfigError: what it recommends with are masks of it, and pruned entries would come to life again.
+    """
+    record = RunRecord(run)
+    settings = validated(record.settings())
+    if not isinstance(strategy_of(*settings.of(settings.strategy)).entries, All):
+        raise ConfigError(f"{run} was trained inside masks of entries already; `fedprune export` writes it without the rest")
+    return record.kept_model().model
+
+
+def _name(settings: Settings, recipe: Recipe, given: Tensors | None) -> str:
     """Names a folder by what decides its models' values, seed aside."""
     decided = {name: value for name, value in settings.changed().items() if name != "seed"}
-    text = json.dumps([decided, asdict(recipe), run and run.resolve().parent.name], sort_keys=True)
+    text = json.dumps([decided, asdict(recipe), None if given is None else digest(given)], sort_keys=True)
     return f"compress-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 

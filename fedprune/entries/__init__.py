@@ -24,16 +24,17 @@ def from_settings(values: Mapping[str, Any]) -> Entries:
     Raises:
         ConfigError: an unknown kind or setting, or a value out of range.
     """
-    kind, settings = values.get("kind"), {name: value for name, value in values.items() if name != "kind"}
+    kind = str(values.get("kind"))
     if kind not in KINDS:
-        raise ConfigError(unknown("kind of entries", str(kind), KINDS))
+        raise ConfigError(unknown("kind of entries", kind, KINDS))
+    settings = {name: value for name, value in values.items() if name != "kind"}
     known = {entry.name: entry for entry in fields(KINDS[kind])}
     for name in settings:
         if name not in known:
             raise ConfigError(f"entries {kind}: {unknown('setting', name, known)}")
-    missing = [n for n, e in known.items() if e.default is MISSING and e.default_factory is MISSING and n not in settings]
-    if missing:
-        raise ConfigError(f'entries {kind} needs "{missing[0]}"; set it as entries.{missing[0]}=...')
+    for name, entry in known.items():
+        if entry.default is MISSING and name not in settings:
+            raise ConfigError(f'entries {kind} needs "{name}"; set it as entries.{name}=...')
     try:
         return KINDS[kind](**settings)
     except TypeError as error:  # a text where a number is wanted

@@ -50,7 +50,11 @@ class Entries(Protocol):
         ...
 
     def facts(self, memory: Memory) -> dict[str, float]:
-        """What a round's record should say of the masks."""
+        """What a round's record should say of the masks.
+
+        "kept" is the share of the maskable entries that is there, where it is the same at all rates. "ticket" is that share
+        where it shrinks on the way to the final one: only rounds with equal tickets can be compared.
+        """
         ...
 
 
@@ -58,8 +62,8 @@ class Entries(Protocol):
 class All:
     """Every entry of every unit that is held: what all published strategies without tickets do."""
 
-    through: bool = False
-    gate: bool = False
+    through = False
+    gate = False
 
     def parametrise(self, recommender: Recommender) -> Recommender:
         """As it is."""

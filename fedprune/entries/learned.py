@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,10 +16,8 @@ from fedprune.errors import ConfigError
 from fedprune.exchange import Report
 from fedprune.random import uniform_grid
 from fedprune.recommenders import Recommender
+from fedprune.recommenders.base import LOGITS
 from fedprune.types import BoolArray, ClientId, Memory, Rate, Tensors, Version
-
-LOGITS = "_logits"
-"""Ends the name of the tensor that learns another one's mask."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,8 @@ class KOfN:
         keep: k / n, of the units that are held; k is rounded and at least 1.
         noise: scale of the Gumbel noise; the authors' code has .001.
         hot, cold, over: temperature falls linearly from hot to cold over so many versions (the authors' code: 5 to .5).
-        entropy: weight of the mean entropy of the rows' softmax (the authors' code: 5e-5 of the sum).
+        entropy: weight of the summed entropy of the softmaxes of the rows that a client trains (as in the authors' code; shared
+            matrices' gradients are averaged over a client's examples, this one's included).
     """
 
     keep: float
@@ -46,8 +46,8 @@ class KOfN:
     cold: float = 0.5
     over: int = 100
     entropy: float = 5e-5
-    through: bool = False
-    gate: bool = False
+    through = False
+    gate = False
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -91,6 +91,7 @@ class KOfN:
         activity = recommender.activity
         return replace(
             recommender, layout=Layout(layout.axes, tensors), score=score, chance=chance, penalty=penalty,
+            effective=lambda given: {n: t for n, t in effective(given).items() if not n.endswith(LOGITS)},
             activity=None if activity is None else lambda given: activity(effective(given)),
         )  # fmt: skip
 
@@ -101,7 +102,7 @@ class KOfN:
     def of(self, name: str, given: Tensors) -> Tensor:
         """The mask of one tensor, exactly k ones per row; with a gradient to its logits where noise is given."""
         logits = given[name + LOGITS]
-        k = max(1, round(self.keep * logits.shape[-1]))
+        k = self._k(logits.shape[-1])
         noise = given.get(f"{name}{LOGITS}_noise")
         if noise is None:
             return k_hot(logits, k)
@@ -117,7 +118,9 @@ class KOfN:
                 size = model[name.removesuffix(LOGITS)].abs()
                 spread = size.std(-1, keepdim=True).clamp(min=1e-12)
                 started[name] = (0.5 * (size - size.mean(-1, keepdim=True)) / spread).to(logits)
-        return {"begun": np.array(version)}, started
+        masked = [layout.shape(name) for name in layout.tensors if name.endswith(LOGITS)]
+        there = sum(math.prod(shape[:-1]) * self._k(shape[-1]) for shape in masked)
+        return {"kept": np.array(there / max(1, sum(map(math.prod, masked))))}, started
 
     def mask(self, memory: Memory, layout: Layout, client: ClientId, rate: Rate) -> Mapping[str, BoolArray]:
         """None of the server's: the model masks itself."""
@@ -128,8 +131,11 @@ class KOfN:
         return memory
 
     def facts(self, memory: Memory) -> dict[str, float]:
-        """The share of every row that is there."""
-        return {"kept": self.keep}
+        """Share of the entries that is there at full width, every row's k rounded."""
+        return {"kept": float(memory["kept"])}
+
+    def _k(self, size: int) -> int:
+        return max(1, round(self.keep * size))
 
 
 def k_hot(logits: Tensor, k: int) -> Tensor:

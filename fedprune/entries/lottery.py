@@ -33,8 +33,8 @@ class Lottery:
         rewind: the checkpoint is the model of this version (of the papers' training: 0.1 to 7 %); None: nothing is rewound,
             which is plain magnitude pruning.
         early: draw the whole ticket at once, as soon as the mask that would be drawn has changed by less than this share over
-            each of the last `patience` versions (early-bird tickets, You et al. 2020, arXiv:1909.11957; there .1 and 5),
-            and train on without rewinding; None: by `every` and `step`.
+            each of the last `patience` versions that changed the model (early-bird tickets, You et al. 2020,
+            arXiv:1909.11957; there .1 and 5), and train on without rewinding; None: by `every` and `step`.
     """
 
     keep: float
@@ -43,8 +43,8 @@ class Lottery:
     rewind: int | None = 0
     early: float | None = None
     patience: int = 5
-    through: bool = False
-    gate: bool = False
+    through = False
+    gate = False
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -91,18 +91,23 @@ class Lottery:
         return memory
 
     def facts(self, memory: Memory) -> dict[str, float]:
-        """Share of the entries that is left."""
-        return {"kept": kept(group(memory, "mask"))}
+        """Share of the entries that is left: the ticket's."""
+        left = kept(group(memory, "mask"))
+        return {"kept": left, "ticket": left}
 
     def _watch(self, memory: Memory, model: Tensors, layout: Layout) -> Memory:
         """Early birds: compare the mask that would be drawn now with the last one's, until it holds still."""
         if group(memory, "mask"):
             return memory
-        fresh = {name: largest(size, self.keep) for name, size in magnitudes(model, maskable(layout)).items()}
-        last, calm = group(memory, "candidate"), int(memory.get("calm", 0))
+        now, last = magnitudes(model, maskable(layout)), group(memory, "candidate")
+        if last and all(np.array_equal(now[name], size) for name, size in last.items()):
+            return memory  # nobody reported: nothing has stood still that could have moved
+        fresh = {name: largest(size, self.keep) for name, size in now.items()}
+        calm = int(memory.get("calm", 0))
         if last:
-            moved = sum(int((fresh[n] != last[n]).sum()) for n in fresh) / sum(m.size for m in fresh.values())
+            moved = sum(int((mask != largest(last[name], self.keep)).sum()) for name, mask in fresh.items())
+            moved /= sum(mask.size for mask in fresh.values())
             calm = calm + 1 if moved < (self.early or 0) else 0
         if calm >= self.patience:
             return {f"mask/{name}": mask for name, mask in fresh.items()}
-        return {f"candidate/{name}": mask for name, mask in fresh.items()} | {"calm": np.array(calm)}
+        return {f"candidate/{name}": size for name, size in now.items()} | {"calm": np.array(calm)}

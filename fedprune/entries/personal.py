@@ -46,8 +46,8 @@ class Personal:
     above: float = 0.5
     distance: float = 0.0
     by: Literal["entries", "columns"] = "entries"
-    through: bool = False
-    gate: bool = True
+    through = False
+    gate = True
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1 or not 0 < self.step < 1:
@@ -84,6 +84,8 @@ class Personal:
             share = max(self.keep, left * (1 - self.step))
             received = {name: report.order.model[name] for name in maskable(layout)}
             fresh = {n: self._largest(w, share, old.get(n)) for n, w in _trained(received, layout, report).items()}
+            if all(name in old and np.array_equal(mask, old[name]) for name, mask in fresh.items()):
+                continue  # as few as whole numbers allow
             if self.distance:
                 same = {n: self._largest(w, share, old.get(n)) for n, w in received.items()}
                 moved = sum(int((fresh[n] != same[n]).sum()) for n in fresh) / sum(m.size for m in fresh.values())
@@ -104,7 +106,10 @@ class Personal:
             return largest(size, share, among)
         columns = size.sum(axis=tuple(range(size.ndim - 1)))
         alive = None if among is None else np.asarray(among.any(axis=tuple(range(size.ndim - 1))))
-        return np.broadcast_to(largest(columns, share, alive), size.shape).copy()
+        before = columns.size if alive is None else int(alive.sum())
+        # A step smaller than a column would never come to an end; the last one stops at `keep`.
+        left = max(1, round(self.keep * columns.size), min(round(share * columns.size), before - 1))
+        return np.broadcast_to(largest(columns, left / columns.size, alive), size.shape).copy()
 
 
 def _trained(received: Tensors, layout: Layout, report: Report) -> Tensors:

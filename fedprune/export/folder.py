@@ -45,7 +45,7 @@ def export(
 
     Args:
         run: the folder of one run, where run.json and model.safetensors are.
-        width: the rate; 1 is the strategy's largest submodel, with its masks of entries at that rate.
+        width: the rate; 1 is the full width, with the masks of entries at that rate.
         client: whose masks, where each client has its own.
         meter: see `energy.find`.
 
@@ -55,9 +55,9 @@ def export(
     """
     if with_onnx:
         portable.require()
-    about, settings = _read(run)
-    kept = RunRecord(run).kept_model()
-    own, exported, users = _cut(settings, about["data"], kept, width, client)
+    record, settings = RunRecord(run), _settings(run)
+    kept = record.kept_model()
+    own, exported, users = _cut(settings, record.about.get("data", ""), kept, width, client)
     dense = compact(own, {n: kept.model[n] for n in own.layout.named("shared", "touched")}, Submodel.full(own.layout))
     counter = energy.find(meter)
     try:
@@ -84,16 +84,13 @@ def export(
     return result | {"files": _write(exported, result, out, with_onnx)}
 
 
-def _read(run: Path) -> tuple[dict[str, Any], Settings]:
-    if not (run / "run.json").is_file():
+def _settings(run: Path) -> Settings:
+    try:
+        return validated(RunRecord(run).settings())
+    except RecordError as error:
         inside = [str(path.parent) for pattern in ("*/run.json", "*/*/run.json") for path in sorted(run.glob(pattern))]
         here = f"; there is {', '.join(inside[:3])}{', ...' if len(inside) > 3 else ''}" if inside else ""
-        raise RecordError(f"{run} holds no run.json; name the folder of one run, <out>/<strategy>-<hash>/seed<n>{here}")
-    try:
-        about = RunRecord(run).about
-        return about, validated(about["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{run / 'run.json'} is damaged ({error}); run it again into another --out") from None
+        raise RecordError(f"{error}{here}") from None
 
 
 def _cut(
@@ -113,9 +110,10 @@ def _cut(
     if client is not None and not 0 <= client < (users or client + 1):
         raise ConfigError(f"client {client} is not in 0..{(users or 0) - 1}")
     state = ServerState(kept.model, recommender.layout, own.seed, kept.version, pruning=kept.pruning, entries=kept.entries)
-    masks = state if state.pruning or state.entries else prepared(strategy, state)  # as `Strategy.submodels`
-    submodel = strategy.carve(masks, client or 0, rate)
-    exported = compact(recommender, kept.model, submodel, strategy.entries, item_ids)
+    if not state.pruning and not state.entries:  # from before the first round: as `Strategy.submodels`
+        state = prepared(strategy, state)
+    submodel = strategy.carve(state, client or 0, rate)
+    exported = compact(recommender, state.model, submodel, strategy.entries, item_ids)
     return plain_recommender(own, users or 1, items), exported, users
 
 

@@ -22,12 +22,12 @@ from torch import Tensor
 from fedprune import recommenders
 from fedprune.axes import Layout, Widths
 from fedprune.entries import Entries, KOfN
-from fedprune.entries.learned import LOGITS
 from fedprune.errors import ConfigError, FedpruneError, LayoutError, RecordError
 from fedprune.experiment import digest
 from fedprune.export import packing
 from fedprune.ranking import Scorer
 from fedprune.recommenders import Recommender
+from fedprune.recommenders.base import LOGITS
 from fedprune.record import save
 from fedprune.submodel import Submodel, extract, positions, scatter, there
 from fedprune.types import Bytes, IntArray, Tensors

@@ -105,7 +105,7 @@ class Stacked:
         """Group by what is held, sort by examples (little padding then), cut into stacks."""
         groups: dict[tuple, list[int]] = {}
         for place, order in enumerate(orders):
-            alike = id(order.model), order.submodel.units_key, order.submodel.through, id(order.objective)
+            alike = id(order.model), order.version, order.submodel.units_key, order.submodel.through, id(order.objective)
             groups.setdefault(alike, []).append(place)
         results: list[Result | None] = [None] * len(orders)
         for places in groups.values():

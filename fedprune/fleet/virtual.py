@@ -220,6 +220,8 @@ class VirtualFleet:
         if self.workload == "equal":
             examples, rows = np.full_like(examples, examples.mean()), np.full_like(rows, rows.mean())
         listed = population.listed_of_client(objective)
+        if self.workload == "equal":
+            listed = np.full_like(listed, round(listed.mean()))
         known: dict[tuple[bytes, ClientId | None], Workload] = {}
         loads = []
         for order in orders:

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from fedprune.axes import Layout
+from fedprune.recommenders.base import LOGITS
 from fedprune.submodel import Submodel
 from fedprune.types import ClientId, Memory, Rate, Tensors, Version
 
@@ -94,8 +95,8 @@ class Importance:
     """The most important units by an order that is constant, identical for everybody, and global over all axes' tensors.
 
     A unit's importance is the squared Euclidean norm of everything it owns in the model at the first round:
-    sum over tensors that name its axis. A smaller submodel is then part of every larger one, which AdaptCL's successor found
-    essential (FedPAGE, Zhou et al. 2024: "structural similarity between sub-models").
+    sum over tensors that name its axis, but for those that learn masks. A smaller submodel is then part of every larger one,
+    which AdaptCL's successor found essential (FedPAGE, Zhou et al. 2024: "structural similarity between sub-models").
 
     Differs from the paper: norms instead of batch-norm scales, which these models lack. Equals `Leading` when norms fall
     with the unit's number, as they do after an SVD warm start.
@@ -138,6 +139,8 @@ def _norms(model: Tensors, layout: Layout, axis: str) -> np.ndarray:
     size = layout.axes[axis].size
     total = np.zeros(size)
     for name, tensor in model.items():
+        if name.endswith(LOGITS):  # they speak of single entries, and start at chance
+            continue
         for place, dimension in enumerate(layout.tensors[name]):
             if isinstance(dimension, int) or axis not in dimension:
                 continue

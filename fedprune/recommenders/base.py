@@ -13,6 +13,9 @@ from fedprune.axes import Layout
 from fedprune.random import stream
 from fedprune.types import Tensors, Version
 
+LOGITS = "_logits"
+"""Ends the name of a tensor that learns another one's mask (`entries.KOfN`)."""
+
 
 @dataclass(frozen=True)
 class Recommender:
@@ -26,8 +29,11 @@ class Recommender:
             `[clients, batch or 1, ...]`.
         scale: standard deviation of the initial embeddings.
         activity: tensors -> |h|^2 of what the last layer reads, `[clients, batch]`, for attention transfer.
+        bilinear: pairs of a private and a touched embedding that the score knows by their inner product alone: any basis of
+            the latent space is as good.
         chance: random tensors of an order, `(version, keys uint64 [clients], rows, cut) -> Tensors`, given to the score beside
             the model while it is trained, and never while it is served.
+        effective: tensors -> the same as the score sees them, where it masks them itself.
         penalty: what the model's own tensors add to the loss, tensors -> `[clients]`.
     """
 
@@ -36,7 +42,9 @@ class Recommender:
     score: Callable[[Tensors], Tensor]
     scale: float = 0.05
     activity: Callable[[Tensors], Tensor] | None = None
+    bilinear: tuple[tuple[str, str], ...] = ()
     chance: Callable[[Version, np.ndarray, Tensor, Tensors], Tensors] | None = None
+    effective: Callable[[Tensors], Tensors] | None = None
     penalty: Callable[[Tensors], Tensor] | None = None
 
     def initial(self, seed: int) -> Tensors:

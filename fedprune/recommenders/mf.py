@@ -20,7 +20,7 @@ def mf(*, users: int, items: int, latent: int = 32, scale: float = 0.05) -> Reco
         item_embedding="item latent",
         item_bias="item",
     )
-    return Recommender("mf", layout, _score, scale, _activity)
+    return Recommender("mf", layout, _score, scale, _activity, bilinear=(("user_embedding", "item_embedding"),))
 
 
 def _score(tensors: Tensors) -> Tensor:

@@ -11,6 +11,15 @@ from fedprune.exchange import PARTS
 QUALITY = ("hr10_full", "ndcg10_full", "hr10_expected", "ndcg10_expected")
 
 
+SAME_TICKET = 1e-6
+"""Shares of entries that differ by less are one ticket."""
+
+
+def ticket_of(event: Mapping[str, Any]) -> float:
+    """The share of the entries that a ticket has left by this round; 1.0 without one. Only equal shares are comparable."""
+    return event.get("entries", {}).get("ticket", 1.0)
+
+
 def summarise(
     events: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], ceiling: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
@@ -27,12 +36,12 @@ def summarise(
     evaluated = [event for event in events if "evaluation" in event]
     if not evaluated:
         raise RecordError("the run was never evaluated: no device could be asked; start it again when some are there")
-    kept = [event.get("entries", {}).get("kept", 1.0) for event in evaluated]
-    smallest = [event for event, share in zip(evaluated, kept, strict=True) if share <= min(kept) + 1e-6]
-    best = max(smallest, key=lambda e: e["evaluation"]["validation"]["ndcg10_expected"])
+    final = min(ticket_of(event) for event in evaluated)
+    comparable = [event for event in evaluated if ticket_of(event) <= final + SAME_TICKET]
+    best = max(comparable, key=lambda e: e["evaluation"]["validation"]["ndcg10_expected"])
     test = best["evaluation"]["test"]
     target = settings.get("target")
-    reached = [e for e in evaluated if target is not None and e["evaluation"]["validation"]["ndcg10_expected"] >= target]
+    reached = [e for e in comparable if target is not None and e["evaluation"]["validation"]["ndcg10_expected"] >= target]
     seconds = {part: sum(e["seconds"].get(part, 0.0) for e in events) for part in (*PARTS, "waiting")}
     reports = sum(e["reports"] for e in rounds)
     known = all(e["joules"] is not None and None not in e["joules"].values() for e in events)
@@ -52,7 +61,7 @@ def summarise(
         "waiting_share": seconds["waiting"] / total if total else 0.0,
         "mean_rate": sum(e["mean_rate"] * e["reports"] for e in rounds if e["reports"]) / reports if reports else None,
         "mean_round_seconds": (rounds[-1]["ended"] - rounds[0]["began"]) / len(rounds) if rounds else None,
-        "kept_entries": min(kept),
+        "kept_entries": best.get("entries", {}).get("kept"),
         "best_round": best["version"] + 1,
         "seconds_to_best": best["ended"],
         "target": target,

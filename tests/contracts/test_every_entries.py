@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from world import USERS, World, close, copied, finite, same, train, unmasked, world
 
 from fedprune.data import silos
@@ -18,8 +19,9 @@ from fedprune.pruning import Importance, Pruning, Whole, Window
 from fedprune.rates import ByCapability, Fixed
 from fedprune.record import Snapshot, load_state, save_state
 from fedprune.selection import Uniform
+from fedprune.serving import listen
 from fedprune.strategy import Strategy, prepared
-from fedprune.submodel import Submodel
+from fedprune.submodel import Submodel, extract
 from fedprune.types import Memory, Tensors
 
 ENTRIES: dict[str, Entries] = {
@@ -164,8 +166,55 @@ def test_what_is_kept_is_what_was_asked_for(kind: str, model: str):
         left = [float(share) for share in group(state.entries, "left").values()]
         assert len(left) == len(pruned) > 10 and min(left) == pytest.approx(entries.keep, abs=0.03)
         real = [np.concatenate([mask.ravel() for mask in masks.values()]).mean() for masks in pruned]
-        assert entries.facts(state.entries) == {"kept": pytest.approx(np.mean(real)), "pruned_clients": len(left)}
+        assert entries.facts(state.entries)["kept"] == pytest.approx(np.mean(real))
     assert bool(pruned) == (kind != "all")
+
+
+@every_kind
+def test_facts_say_what_is_there(kind: str):
+    """`kept` is counted from the masks; a `ticket`, which tells rounds apart, have those alone that shrink for everybody."""
+    here = at_work(kind)
+    for _ in range(5):
+        done = here.round()
+        masks = here.strategy.entries.mask(here.state.entries, here.state.layout, 0, 1.0)
+        if kind not in ("all", "by rate", "k of n", *OWN):
+            flat = [mask.ravel() for mask in masks.values()] or [np.ones(1)]
+            assert done.facts["kept"] == pytest.approx(np.concatenate(flat).mean())
+        assert ("kept" in done.facts) == (kind not in ("all", "by rate"))
+        assert done.facts.get("ticket") == (done.facts["kept"] if isinstance(here.strategy.entries, Lottery) else None)
+
+
+def listened(here: World, model: Tensors, clients: list[int], submodels: list[Submodel] | None) -> Tensors:
+    """Everybody's private rows after some have listened."""
+    population = here.population.copy()
+    told, version = here.strategy.objective, here.state.version
+    listen(here.fleet.recommender, population, model, clients, told, steps=5, seed=1, version=version, submodels=submodels)
+    return population.private.values
+
+
+@pytest.mark.parametrize("kind", ["by rate", "columns", "k of n", "personal"])
+def test_who_is_silent_listens_to_what_it_is_served_with(kind: str):
+    """With others or alone, and to a model masked beforehand alike; what it does not hold of its rows stays as it is."""
+    here = at_work(kind, pruning=Importance())
+    here.rounds(6)
+    state, clients = prepared(here.strategy, here.state), list(range(0, USERS, 2))
+    submodels = [here.strategy.carve(state, client, 0.5 if client % 4 else 1.0) for client in clients]
+    assert len({submodel.held_key for submodel in submodels}) > 1
+    start, together = here.private, listened(here, state.model, clients, submodels)
+    for client, submodel in zip(clients, submodels, strict=True):
+        alone = listened(here, state.model, [client], [submodel])
+        held = torch.from_numpy(submodel.held["latent"])
+        for name, rows in together.items():
+            assert torch.allclose(alone[name][client], rows[client], atol=1e-6)
+            rest = torch.ones(rows.shape[1], dtype=torch.bool)
+            rest[held] = False
+            assert torch.equal(rows[client][rest], start[name][client][rest])
+            assert not torch.allclose(rows[client][held], start[name][client][held])
+            assert torch.equal(rows[client + 1], start[name][client + 1])
+        cut = extract(state.model, state.layout, submodel)
+        assert same(listened(here, cut, [client], [submodel]), alone), "as on a device, which has nothing but its cut"
+        if submodel.widths == state.layout.full:
+            assert same(listened(here, cut, [client], None), alone)
 
 
 COMBINED = {

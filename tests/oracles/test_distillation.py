@@ -46,9 +46,11 @@ def test_all_terms_together(ratings: bool):
     hidden, theirs = drawn(2, 6, 4, seed=4), drawn(2, 6, seed=5).abs()
     rows, others = drawn(2, 5, 3, seed=6), drawn(2, 5, 7, seed=7)
     compared = torch.tensor([[0, 2, 4], [1, 1, 3]])
-    lesson = Lesson(teacher, rank, theirs, compared, {"item_embedding": cosines(others, compared)})
+    norm = sum(math.exp(-place / 4.0) for place in (1, 2, 3))
+    listed = torch.where(rank > 0, torch.exp(-rank / 4.0), 0.0) / norm * (label * weight).sum(1, keepdim=True)
+    lesson = Lesson(teacher, rank, listed, theirs, compared, {"item_embedding": cosines(others, compared)})
     got = taught_loss(
-        d, lesson, task, scores, label, weight,
+        d, lesson, task, scores, weight,
         ratings=ratings, activity=(hidden**2).sum(-1), embeddings={"item_embedding": rows, "item_bias": rows[..., 0]},
     )  # fmt: skip
     for client in range(2):
@@ -78,10 +80,10 @@ def test_all_terms_together(ratings: bool):
 
 
 def test_terms_are_off_at_zero():
-    scores, weight, label = drawn(2, 6), torch.ones(2, 6), torch.zeros(2, 6)
-    lesson = Lesson(drawn(2, 6, seed=2), torch.zeros(2, 6))
+    scores, weight = drawn(2, 6), torch.ones(2, 6)
+    lesson = Lesson(drawn(2, 6, seed=2), torch.zeros(2, 6), torch.zeros(2, 6))
     task = drawn(2, 6, seed=3).abs()
-    assert torch.equal(taught_loss(Distillation(), lesson, task, scores, label, weight), task.sum(1))
+    assert torch.equal(taught_loss(Distillation(), lesson, task, scores, weight), task.sum(1))
 
 
 @pytest.mark.parametrize("ratings", [False, True])

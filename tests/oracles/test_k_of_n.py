@@ -13,7 +13,9 @@ from world import ITEMS, LATENT, recommender, world
 
 from fedprune.entries import KOfN
 from fedprune.entries.learned import k_hot, straight_through
+from fedprune.pruning import Importance
 from fedprune.random import keys
+from fedprune.recommenders.base import LOGITS
 from fedprune.strategy import Strategy
 from fedprune.submodel import Submodel
 
@@ -114,6 +116,25 @@ def test_logits_start_from_the_weights_once():
     torch.testing.assert_close(logits.std(-1), torch.full((ITEMS,), 0.5), atol=1e-6, rtol=0)
     assert torch.equal(model["item_embedding"], here.state.model["item_embedding"])
     assert entries.prepare(memory, model, here.state.layout, 4)[1] is model
+
+
+def test_what_is_kept_is_rounded_like_every_rows_k():
+    """.3 of 8 is 2.4, so 2 of 8; of NeuMF's rows of 16 it is 5."""
+    for name, share in (("mf", 2 / 8), ("neumf", None)):
+        here = world(Strategy(entries=KOfN(0.3)), model=name)
+        done, model = here.round(), here.state.model
+        masks = [KOfN(0.3).of(n.removesuffix(LOGITS), model) for n in model if n.endswith(LOGITS)]
+        counted = sum(float(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+        assert done.facts == {"kept": pytest.approx(share or counted)} == {"kept": pytest.approx(counted)}
+
+
+def test_logits_make_no_unit_important():
+    here = world(Strategy(entries=KOfN(0.3), pruning=Importance()), model="neumf")
+    plain = {name: tensor for name, tensor in here.state.model.items() if not name.endswith(LOGITS)}
+    loud = {name: tensor * 100 if name.endswith(LOGITS) else tensor for name, tensor in here.state.model.items()}
+    memories = [Importance().prepare({}, model, here.state.layout) for model in (plain, here.state.model, loud)]
+    for axis, order in memories[0].items():
+        assert all(np.array_equal(order, memory[axis]) for memory in memories[1:])
 
 
 @pytest.mark.parametrize("name", ["mf", "neumf"])

@@ -120,6 +120,20 @@ def test_whole_columns():
     assert entries.facts(memory)["kept"] == pytest.approx(0.4)
 
 
+def test_the_last_column_to_go_is_the_last_that_may():
+    """.55 of 5 columns are 3, more than .55, and a step of a column would leave 2."""
+    entries, memory = Personal(0.55, step=0.4, by="columns"), {}
+    for number in range(3):
+        before, memory = memory, learned(entries, memory, told(*drawn(30 + number), 0.9))
+        assert entries.facts(memory)["kept"] == pytest.approx(0.6)
+    assert memory["mask/0"] is before["mask/0"]
+    slow, shares = Personal(0.55, step=0.01, by="columns"), []
+    for number in range(4):
+        memory = learned(slow, memory if shares else {}, told(*drawn(40 + number), 0.9))
+        shares.append(slow.facts(memory)["kept"])
+    assert shares == pytest.approx([0.8, 0.6, 0.6, 0.6]), "a step is a column at least"
+
+
 def test_narrow_clients_count_the_rest_as_received():
     """A client that holds units 0 and 2 of both axes; it trained those alone."""
     model, _ = drawn(6)

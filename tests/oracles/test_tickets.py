@@ -41,7 +41,7 @@ def test_the_largest_survivors_stay_and_the_rest_returns_to_the_checkpoint():
     grown = {"item_embedding": torch.tensor([[9.0, 0.1, 9.0, 9.0], [0.2, 9.0, 0.3, 0.4]]), "item_bias": MODEL["item_bias"]}
     memory, model = entries.prepare(memory, grown, LAYOUT, 2)
     assert there(memory, entries) == [[0, 0, 0, 0], [0, 0, 1, 1]], "only survivors can be drawn"
-    assert same(model, early) and entries.facts(memory) == {"kept": 0.25}
+    assert same(model, early) and entries.facts(memory) == {"kept": 0.25, "ticket": 0.25}
     assert entries.prepare(memory, grown, LAYOUT, 3)[1] is grown, "done"
 
 
@@ -102,12 +102,17 @@ def test_early_birds_draw_when_masks_stand_still():
     entries = Lottery(0.5, early=0.2, patience=2)
     still, memory = [[0, 1, 0, 0], [1, 0, 1, 1]], {}
     turned = {"item_embedding": MODEL["item_embedding"].flip(0), "item_bias": MODEL["item_bias"]}
-    for version, model in enumerate([MODEL, turned, MODEL, MODEL]):  # two moves, then one calm version
+    grown, larger = ({name: tensor * factor for name, tensor in MODEL.items()} for factor in (1.1, 1.2))
+    for version, model in enumerate([MODEL, turned, MODEL, grown]):  # two moves, then one calm version
         memory, after = entries.prepare(memory, model, LAYOUT, version)
         assert after is model and not entries.mask(memory, LAYOUT, 0, 1.0)
-    memory, after = entries.prepare(memory, MODEL, LAYOUT, 4)
-    assert after is MODEL and there(memory, entries) == still
-    assert entries.prepare(memory, turned, LAYOUT, 5)[0] is memory, "for good"
+    for version in range(4, 9):
+        assert entries.prepare(memory, grown, LAYOUT, version)[0] is memory, "nobody reported: that is no calm"
+    assert entries.facts(memory) == {"kept": 1.0, "ticket": 1.0}
+    memory, after = entries.prepare(memory, larger, LAYOUT, 9)
+    assert after is larger and there(memory, entries) == still
+    assert entries.facts(memory) == {"kept": 0.5, "ticket": 0.5}
+    assert entries.prepare(memory, turned, LAYOUT, 10)[0] is memory, "for good"
 
 
 # ---- feedback --------------------------------------------------------------------------------------------------------
@@ -117,12 +122,36 @@ def test_masks_follow_the_dense_model_and_bring_back_what_grew():
     entries = Feedback(0.5, every=2)
     memory, model = entries.prepare({}, MODEL, LAYOUT, 0)
     assert model is MODEL and there(memory, entries) == [[0, 1, 0, 0], [1, 0, 1, 1]]
-    assert entries.facts(memory) == {"reactivated": 0.0}
+    assert entries.facts(memory) == {"reactivated": 0.0, "kept": 0.5}
     grown = {"item_embedding": MODEL["item_embedding"].clone(), "item_bias": MODEL["item_bias"]}
     grown["item_embedding"][0, 3], grown["item_embedding"][1, 0] = -2.0, 0.0
     assert entries.prepare(memory, grown, LAYOUT, 1)[0] is memory, "not before its time"
     memory, _ = entries.prepare(memory, grown, LAYOUT, 2)
-    assert there(memory, entries) == [[0, 1, 0, 1], [0, 0, 1, 1]] and entries.facts(memory) == {"reactivated": 1.0}
+    assert there(memory, entries) == [[0, 1, 0, 1], [0, 0, 1, 1]]
+    assert entries.facts(memory) == {"reactivated": 1.0, "kept": 0.5}
+    memory, _ = entries.prepare(memory, grown, LAYOUT, 3)
+    assert entries.facts(memory)["reactivated"] == 0.0, "it came back once"
+    assert there(memory, entries) == [[0, 1, 0, 1], [0, 0, 1, 1]]
+    assert entries.prepare(memory, grown, LAYOUT, 5)[0] is memory
+
+
+def test_what_came_back_is_counted_at_the_share_that_is_served():
+    """Of 8 entries 5, 3 and 2 are there, and each mask is held against the one that was served before it."""
+    entries = Feedback(0.25, every=1, ramp=4)
+    memory, _ = entries.prepare({}, MODEL, LAYOUT, 0)
+    assert entries.facts(memory) == {"reactivated": 0.0, "kept": 1.0, "ticket": 1.0}
+    memory, _ = entries.prepare(memory, MODEL, LAYOUT, 1)
+    assert there(memory, entries) == [[0, 1, 1, 0], [1, 0, 1, 1]]
+    assert entries.facts(memory) == {"reactivated": 0.0, "kept": 5 / 8, "ticket": 5 / 8}
+    grown = {"item_embedding": MODEL["item_embedding"].clone(), "item_bias": MODEL["item_bias"]}
+    grown["item_embedding"][0, 3] = 0.85
+    memory, _ = entries.prepare(memory, grown, LAYOUT, 2)
+    assert there(memory, entries) == [[0, 1, 0, 1], [0, 0, 1, 0]]
+    assert entries.facts(memory) == {"reactivated": 1.0, "kept": 3 / 8, "ticket": 3 / 8}
+    grown["item_embedding"] = grown["item_embedding"].flip(1)
+    memory, _ = entries.prepare(memory, grown, LAYOUT, 4)
+    assert there(memory, entries) == [[1, 0, 1, 0], [0, 0, 0, 0]]
+    assert entries.facts(memory) == {"reactivated": 2.0, "kept": 2 / 8, "ticket": 2 / 8}
 
 
 def test_a_pruned_entry_comes_back_in_a_run():
@@ -165,6 +194,7 @@ def test_sparsity_grows_as_a_cubic():
 def test_shares_follow_rates():
     entries = Feedback(None)
     memory, _ = entries.prepare({}, MODEL, LAYOUT, 0)
+    assert entries.facts(memory) == {"reactivated": 0.0}, "no one share is everybody's"
     assert there(memory, entries, 0.25) == [[0, 1, 0, 0], [0, 0, 1, 0]]
     assert there(memory, entries, 0.01) == [[0, 1, 0, 0], [0, 0, 0, 0]], "at least one"
     assert entries.mask(memory, LAYOUT, 0, 1.0) == {}
@@ -201,9 +231,44 @@ def test_saliency_can_bring_back_what_was_pruned():
     entries = Salient(keep=0.1, every=2, decrease=0.5, overhead=0.25)
     memory = chosen(entries, {}, [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 1.0]])
     assert there(memory, entries) == [[0, 1, 0, 0], [1, 0, 1, 1]]
-    # Half of the entries are left; .5 fewer would be none, so keep says one: the largest. 25 beats everything.
+    # Half of the entries are left, and the larger half of these stays. 25 beats everything.
     memory = chosen(entries, memory, [[0.0, 0.0, 0.0, 5.0], [0.0, 0.0, 0.0, 0.0]], version=4)
-    assert there(memory, entries) == [[0, 1, 0, 1], [0, 0, 0, 0]]
+    assert there(memory, entries) == [[0, 1, 0, 1], [0, 0, 1, 0]]
+
+
+def test_tensors_lose_a_share_of_what_each_has_left():
+    """Of 8 and of 4 entries, .5 go each time; a gradient brings all of the second tensor back in between.
+
+    Then of 4 and of 4 two are left each: of the first a quarter of all, of the second a half.
+    """
+    layout = Layout.of({"item": Axis(2, touched=True), "latent": Axis(4)}, item_embedding="item latent", weight="latent")
+    layout = Layout(layout.axes, dict(layout.tensors) | {"weight": (1, ("latent",))})
+    model = {"item_embedding": MODEL["item_embedding"], "weight": torch.tensor([[0.1, 0.2, 0.3, 0.4]])}
+    entries, memory, left = Salient(keep=0.1, every=2, decrease=0.5, overhead=0.25), {}, []
+    for version, second in ((2, 9.0), (4, 0.0)):
+        memory, _ = entries.prepare(memory, model, layout, version)
+        update = {"item_embedding": torch.zeros(2, 4), "weight": torch.full((1, 4), second)}
+        memory = entries.learn(memory, model, layout, [None], lambda update=update: update)
+        left.append({name: int(mask.sum()) for name, mask in group(memory, "mask").items()})
+    assert left == [{"item_embedding": 4, "weight": 4}, {"item_embedding": 2, "weight": 2}]
+    assert entries.facts(memory) == {"kept": 4 / 12}
+
+
+def test_a_dense_round_starts_from_the_masked_model():
+    """What had gone is at zero again, whatever it was when it went, or grew to in the last dense round."""
+    entries = Salient(keep=0.1, every=2, decrease=0.5, overhead=0.25)
+    memory = chosen(entries, {}, [[0.0] * 4] * 2)
+    assert entries.prepare(memory, MODEL, LAYOUT, 3)[1] is MODEL, "served through its mask"
+    memory, model = entries.prepare(memory, MODEL, LAYOUT, 4)
+    assert model["item_embedding"].tolist() == pytest.approx(np.array([[0.0, -0.9, 0.0, 0.0], [-0.5, 0.0, 0.8, -0.4]]))
+    assert torch.equal(model["item_bias"], MODEL["item_bias"])
+    assert np.array_equal(memory["magnitude/item_embedding"], model["item_embedding"].abs().numpy())
+    here = world(Strategy(entries=Salient(0.2, every=2, overhead=1.0)))
+    here.rounds(4)
+    masks = group(here.state.entries, "mask")
+    asked = here.round().orders[0]
+    assert not asked.submodel.entries and masks
+    assert all(not asked.model[name][torch.from_numpy(~mask)].any() for name, mask in masks.items())
 
 
 def test_between_reconfigurations_nothing_is_chosen():
@@ -230,8 +295,15 @@ def test_the_decrease_halves():
         (Lottery, {"keep": 0.5, "early": 1.0}, "early is 1.0"),
         (Feedback, {"keep": 1.5}, "keep is 1.5"),
         (Feedback, {"keep": 0.5, "ramp": -1}, "ramp -1"),
+        (Feedback, {"keep": 0.5, "until": -1}, "until is -1"),
+        (Feedback, {"keep": 0.5, "every": 0, "ramp": 4}, "ramp 4 needs more than one choice"),
+        (Feedback, {"keep": 0.5, "every": 1, "ramp": 4, "until": 3}, "until must be at least 4"),
+        (Feedback, {"keep": 0.5, "every": 3, "ramp": 4, "until": 5}, "last choice at version 3, .* until must be at least 6"),
+        (Feedback, {"keep": 0.5, "through": 1}, "through is 1; it must be true or false"),
         (Salient, {"decrease": 1.0}, "decrease 1.0"),
-        (Salient, {"half_life": 0.0}, "half_life above 0"),
+        (Salient, {"half_life": 0.0}, "half_life 0.0 above 0"),
+        (Salient, {"every": 0}, "every 0 must be at least 1"),
+        (Salient, {"overhead": -0.5}, "overhead -0.5 not negative"),
     ],
 )
 def test_impossible_settings_are_refused(kind: type, settings: dict, text: str):
