@@ -48,7 +48,7 @@ def split(settings: Settings) -> Split:
 
 @pytest.fixture(scope="module")
 def bench(settings: Settings, split: Split) -> Bench:
-    return Bench(settings, split, "implicit", QUICK)
+    return Bench.of(settings, split, "implicit", QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_the_teacher_is_heard(bench: Bench, dense: Fitted):
 
 
 def test_training_again_gives_the_same(settings: Settings, split: Split, dense: Fitted):
-    other = Bench(settings, split, "implicit", QUICK)
+    other = Bench.of(settings, split, "implicit", QUICK)
     again = other.dense()
     assert same(again.model, dense.model) and same(again.private, dense.private)
     one, two = other.student("lth-sad", 0.4, again), other.student("lth-sad", 0.4, again)
@@ -140,7 +140,7 @@ def test_training_again_gives_the_same(settings: Settings, split: Split, dense: 
 
 
 def test_ratings_are_learned(settings: Settings, split: Split):
-    bench = Bench(settings, split, "ratings", QUICK)
+    bench = Bench.of(settings, split, "ratings", QUICK)
     dense = bench.dense()
     assert dense.test.keys() == {"mse", "mae"}
     assert split.train.rating is not None and split.test_rating is not None
@@ -152,7 +152,7 @@ def test_ratings_are_learned(settings: Settings, split: Split):
 def test_ratings_that_are_not_there(tmp_path: Path):
     plain = Settings(data=str(interactions(tmp_path)), latent=8)
     with pytest.raises(ConfigError, match="has no ratings"):
-        Bench(plain, read_data(plain), "ratings", QUICK)
+        Bench.of(plain, read_data(plain), "ratings", QUICK)
 
 
 def test_goes_on_where_it_was_stopped(settings: Settings, split: Split, tmp_path: Path):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedprune.axes import Layout
 from fedprune.compress.cutting import share, tickets, turned, units
@@ -19,10 +20,10 @@ from fedprune.evaluation import evaluate, rating_errors
 from fedprune.pruning import Given
 from fedprune.random import stream
 from fedprune.serving import listen, scorer
-from fedprune.simulation import prepare
+from fedprune.simulation import Simulation, prepare
 from fedprune.strategy import one_round
 from fedprune.submodel import Submodel
-from fedprune.types import Tensors
+from fedprune.types import FloatArray, IntArray, Tensors
 
 METHODS = ("sp-sad", "lth-sad", "ss-sad", "magnitude")
 Task = Literal["implicit", "ratings"]
@@ -91,35 +92,53 @@ class Fitted:
 
 @dataclass
 class Bench:
-    """One data set, one architecture, one task: where models are trained and judged.
+    """One data set, one architecture, one task: where models are trained and judged; `Bench.of` sets it up.
 
-    Args:
-        settings: of the dense model's training; devices do not matter.
+    Attributes:
+        start: model and private rows before any training.
     """
 
-    settings: Settings
-    split: Split
-    task: Task = "implicit"
-    recipe: Recipe = field(default_factory=Recipe)
+    simulation: Simulation
+    task: Task
+    start: tuple[Tensors, Tensors]
+    recipe: Recipe
     watch: Watch | None = None
 
-    def __post_init__(self) -> None:
-        if self.task == "ratings" and self.split.train.rating is None:
-            raise ConfigError(f'{self.settings.data} has no ratings; the task "ratings" needs them')
+    @classmethod
+    def of(
+        cls, settings: Settings, split: Split, task: Task = "implicit", recipe: Recipe | None = None, watch: Watch | None = None
+    ) -> Bench:
+        """Build data, model and private rows.
+
+        Args:
+            settings: of the dense model's training; its devices, strategy, masks and teachers do not matter here.
+
+        Raises:
+            ConfigError: ratings are asked for and there are none.
+        """
+        train, recipe = split.train, recipe or Recipe()
+        if task == "ratings" and train.rating is None:
+            raise ConfigError(f'{settings.data} has no ratings; leave them out (task "implicit"), or add a column "rating"')
         one: dict[str, Any] = {
             "strategy": "fedavg", "sigma": 1.0, "workload": "equal", "silos": None, "tables": {}, "strategies": [],
             "entries": {}, "distillation": {}, "nested": 0.0, "dropout": 0.0, "availability": 1.0, "noise": 0.0,
         }  # fmt: skip
-        if self.task == "ratings":
+        if task == "ratings":
             names = ("lr_private", "decay_private", "server_lr")
-            one |= {name: getattr(self.recipe, name) for name in names} | {"recency": False}
-        self.simulation = prepare(self.settings.model_copy(update=one), self.split)
-        objective = replace(self.simulation.strategy.objective, task=self.task)
-        self.simulation = replace(self.simulation, strategy=replace(self.simulation.strategy, objective=objective))
-        if self.task == "ratings":
-            self._start_from_means()
-        rows = {name: t.clone() for name, t in self.simulation.fleet.population.private.values.items()}
-        self.start = dict(self.simulation.state.model), rows
+            one |= {name: getattr(recipe, name) for name in names} | {"recency": False}
+        simulation = prepare(settings.model_copy(update=one), split)
+        strategy = simulation.strategy
+        simulation = replace(simulation, strategy=replace(strategy, objective=replace(strategy.objective, task=task)))
+        model = dict(simulation.state.model)
+        if train.rating is not None and task == "ratings":
+            model["item_bias"] = mean_ratings(train.item, train.rating, train.items)
+        rows = {name: t.clone() for name, t in simulation.fleet.population.private.values.items()}
+        return cls(simulation, task, (model, rows), recipe, watch)
+
+    @property
+    def split(self) -> Split:
+        """The data."""
+        return self.simulation.split
 
     @property
     def layout(self) -> Layout:
@@ -194,7 +213,7 @@ class Bench:
         strategy = replace(simulation.strategy, pruning=Given(submodel), objective=objective)
         simulation.fleet.settle()
         population.restart(start[1])
-        seed = int(stream(self.settings.seed, name).integers(2**31))
+        seed = int(stream(self.simulation.settings.seed, name).integers(2**31))
         state = replace(simulation.state, model=dict(start[0]), seed=seed)
         best: Fitted | None = None
         early = None if self.recipe.early else (dict(start[0]), {n: t.clone() for n, t in start[1].items()})
@@ -237,18 +256,16 @@ class Bench:
             raise ConfigError(f"the run's model has tensors {shapes}; these settings need {wanted}")
         listen(
             self.simulation.recommender, population, model, list(range(population.clients)),
-            self.simulation.strategy.objective, steps=60, seed=self.settings.seed, version=0,
+            self.simulation.strategy.objective, steps=60, seed=self.simulation.settings.seed, version=0,
         )  # fmt: skip
         rows = {n: t.clone() for n, t in population.private.values.items()}
         full = Submodel.full(self.layout)
         judged = [self.judge(model, rows, full, on) for on in ("validation", "test")]
         return Fitted(model, rows, full, judged[0], judged[1], (model, rows))
 
-    def _start_from_means(self) -> None:
-        """Item biases start at the items' mean ratings, drawn towards the mean of all as if by ten further ratings."""
-        train, model = self.split.train, self.simulation.state.model
-        assert train.rating is not None
-        counts = np.bincount(train.item, minlength=train.items)
-        sums = np.bincount(train.item, weights=train.rating, minlength=train.items)
-        means = (sums + 10.0 * train.rating.mean()) / (counts + 10.0)
-        model["item_bias"] = torch.from_numpy(means).float()
+
+def mean_ratings(item: IntArray, rating: FloatArray, items: int) -> Tensor:
+    """Each item's mean rating, drawn towards the mean of all as if by ten further ratings; float32 `[items]`."""
+    counts = np.bincount(item, minlength=items)
+    sums = np.bincount(item, weights=rating, minlength=items)
+    return torch.from_numpy((sums + 10.0 * rating.mean()) / (counts + 10.0)).float()

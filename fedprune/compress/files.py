@@ -74,7 +74,7 @@ def compress(
     pair: dict[str, dict[str, Any]] = {"dense": {"mse": None, "mae": None}, "pruned": {"mse": None, "mae": None}}
     tasks: tuple[Task, ...] = ("implicit", "ratings") if split.train.rating is not None else ("implicit",)
     for task in tasks:
-        bench = Bench(settings, split, task, recipe, watch)
+        bench = Bench.of(settings, split, task, recipe, watch)
         model = taken if task == "implicit" else None
         dense = _kept(folder / f"{task}-dense.safetensors", bench, partial(bench.dense, model))
         pruned = _kept(folder / f"{task}-{method}-{keep:.4g}.safetensors", bench, partial(bench.student, method, keep, dense))
@@ -155,7 +155,9 @@ def _kept(path: Path, bench: Bench, make: Callable[[], Fitted]) -> Fitted:
         about = json.loads(file.metadata()["fedprune"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     if about["data"] != data:
-        raise RecordError(f"{path} is of other data than {bench.settings.data} now has; name another --out, or delete it")
+        raise RecordError(
+            f"{path} is of other data than {bench.simulation.settings.data} now has; name another --out, or delete it"
+        )
 
     def group(prefix: str) -> Tensors:
         return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + "/")}

@@ -11,7 +11,9 @@ import pytest
 from world import order, world
 
 from fedprune.devices import DEVICES, DeviceTable, FullReport, disturbed, linear, named, phones
+from fedprune.distill import Distillation
 from fedprune.errors import ConfigError
+from fedprune.exchange import PARTS, Cost, Lost, Split
 from fedprune.objective import Objective
 from fedprune.pruning import Leading
 from fedprune.recommenders import neumf
@@ -135,6 +137,50 @@ def test_touched_rows_cost_only_themselves():
     here.fleet.send([replace(order(here, 6, 0), rows="touched")])
     cost = here.fleet.next().cost
     assert cost.bytes_up == 4 * 9 * here.population.rows_of_client(Objective())[6]
+
+
+@pytest.mark.parametrize(
+    ("after", "spent", "flops"),
+    [
+        (4.0, (4, 0, 0, 0, 0), 0.0),
+        (12.0, (10, 2, 0, 0, 0), 0.0),
+        (25.0, (10, 5, 10, 0, 0), 10 / 60),  # in the teacher's part: nothing is trained yet
+        (35.0, (10, 5, 20, 0, 0), 20 / 60),
+        (55.0, (10, 5, 20, 20, 0), 40 / 60),
+        (79.0, (10, 5, 20, 40, 4), 1.0),
+        (90.0, (10, 5, 20, 40, 8), 1.0),
+    ],
+)
+def test_who_vanishes_has_done_what_comes_first(after: float, spent: tuple[float, ...], flops: float):
+    """Download, loading, the teacher, training, upload; 60 of the 83 seconds compute."""
+    assert PARTS == ("download", "loading", "teacher", "training", "upload")
+    seconds = Split(10.0, 40.0, 20.0, 8.0, 5.0)
+    joules = Split(*(3 * getattr(seconds, part) for part in ("download", "training", "teacher", "upload", "loading")))
+    cut = Cost(seconds, joules, 1000, 800, 6e9, 7).cut_off(after)
+    assert tuple(getattr(cut.seconds, part) for part in PARTS) == pytest.approx(spent)
+    assert cut.joules is not None
+    assert tuple(getattr(cut.joules, part) for part in PARTS) == pytest.approx(tuple(3 * value for value in spent))
+    assert cut.flops == pytest.approx(6e9 * flops)
+    assert cut.bytes_down == pytest.approx(1000 * spent[0] / 10) and cut.bytes_up == pytest.approx(800 * spent[4] / 8)
+
+
+def test_who_vanishes_while_the_teacher_talks_has_not_trained():
+    here = world(dropout=0.999)
+    objective = Objective(distillation=Distillation("local", 0.5, top=5))
+    orders = [replace(order(here, client, client), objective=objective) for client in range(here.population.clients)]
+    whole = world()
+    for fleet in (here.fleet, whole.fleet):
+        fleet.send(orders)
+    full = {event.order.client: event.cost for event in iter(whole.fleet.next, None)}
+    kinds = set()
+    for event in iter(here.fleet.next, None):
+        assert isinstance(event, Lost)
+        spent, asked = event.cost, full[event.order.client]
+        kinds.add((spent.seconds.teacher > 0, spent.seconds.training > 0))
+        computed = spent.seconds.teacher + spent.seconds.training
+        assert spent.flops == pytest.approx(computed * here.fleet.devices.flops[event.order.client])
+        assert not spent.seconds.training or spent.seconds.teacher == asked.seconds.teacher
+    assert kinds >= {(True, False), (True, True)}
 
 
 def test_impossible_tables_are_refused():

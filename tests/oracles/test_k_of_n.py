@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from world import ITEMS, LATENT, recommender, world
+from world import ITEMS, LATENT, close, order, recommender, world
 
 from fedprune.entries import KOfN
 from fedprune.entries.learned import k_hot, straight_through
+from fedprune.exchange import Report
+from fedprune.objective import Objective
 from fedprune.pruning import Importance
 from fedprune.random import keys
 from fedprune.recommenders.base import LOGITS
@@ -165,3 +168,27 @@ def test_logits_learn_where_the_loss_wants_an_entry():
     assert update.any() and (update.sum(-1).abs() < 1e-6).all(), "softmaxes move mass, they make none"
     assert layout.parameters(layout.full, ITEMS) == ITEMS * (2 * LATENT + 1), "logits travel"
     assert got.cost.bytes_up == 4 * ITEMS * (2 * LATENT + 1) and got.order.submodel == Submodel.full(layout)
+
+
+def test_every_order_is_trained_at_its_own_temperature():
+    """Two versions of one model, as after a round without reports: they may not share a stack, nor a temperature."""
+    updates: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
+    for fleet in ("serial", "vector"):
+        here = world(Strategy(entries=KOfN(0.4, over=1)), fleet=fleet)
+        here.state, objective = here.strategy.begun(here.state), Objective(lr=0.3)
+        orders = [order(here, client, client) for client in range(8)]
+        here.fleet.send([replace(o, objective=objective, version=o.client % 2) for o in orders])
+        updates[fleet] = {}
+        while (report := here.fleet.next()) is not None:
+            assert isinstance(report, Report)
+            real = report.updates.present[report.position]
+            updates[fleet][report.order.client] = {n: t[report.position][real] for n, t in report.updates.tensors.items()}
+    for client in range(8):
+        assert close(updates["serial"][client], updates["vector"][client])
+    steep = world(Strategy(entries=KOfN(0.4, over=1)), fleet="serial")
+    steep.state = steep.strategy.begun(steep.state)
+    steep.fleet.send([replace(order(steep, 1, 1), objective=Objective(lr=0.3), version=0)])
+    other = steep.fleet.next()
+    assert isinstance(other, Report)
+    logits = f"item_embedding{LOGITS}"
+    assert not torch.allclose(other.updates.tensors[logits][0], updates["vector"][1][logits], atol=1e-3), "hot, and cold"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from world import ITEMS, LATENT, recommender, silos_of_three, world
+from world import ITEMS, LATENT, USERS, order, recommender, silos_of_three, train, world
 
 from fedprune.codec import sizes
+from fedprune.data import silos
 from fedprune.distill import Distillation
 from fedprune.exchange import Report
 from fedprune.objective import Objective
@@ -52,6 +54,52 @@ def test_a_teacher_with_lists(teacher: Any, flops: float, down: int):
 @pytest.mark.parametrize(("teacher", "flops"), [("local", 30 * 17), ("past", 30 * 9), ("sent", 0), ("given", 30 * 17)])
 def test_a_teacher_without_lists_scores_each_example_once(teacher: Any, flops: float):
     assert load(distillation=Distillation(teacher, 0.5), epochs=2).teacher == flops
+
+
+def test_who_lists_items_needs_the_whole_table():
+    """However few rows of it are trained; without lists the teacher needs no more than the student."""
+    given = {"rows": 7, "listed": 10}
+    assert load(**given, distillation=Distillation("local", 0.5, top=5)).down == 40 * FULL_ROW
+    assert load(**given, distillation=Distillation("local", 0.5, top=5)).up == 7 * ROW
+    assert load(rows=7, distillation=Distillation("local", 0.5)).down == 7 * FULL_ROW
+    for teacher in ("sent", "given"):
+        assert load(**given, distillation=Distillation(teacher, 0.5, top=5)).down < 40 * ROW
+    here = world()
+    objective = Objective(distillation=Distillation("local", 0.5, top=2))
+    here.fleet.send([replace(order(here, 0, 0), rows="touched", objective=objective)])
+    cost = here.fleet.next().cost
+    touched = here.population.examples_of_client(Objective())[0] + 2
+    assert touched < ITEMS and (cost.bytes_down, cost.bytes_up) == (ITEMS * FULL_ROW, touched * FULL_ROW)
+
+
+@pytest.mark.parametrize("silo", [False, True])
+def test_a_gate_is_one_more_pass_and_one_row_per_user(silo: bool):
+    assert load(gate=True).training == 30 * (27 + 9) and load(gate=True, epochs=2).training == 30 * (2 * 27 + 9)
+    assert replace(load(gate=True), training=load().training) == load()
+    population = world(**({"client_of_user": np.arange(USERS) // 2} if silo else {})).population
+    plain, judged = (population.rows_of_client(Objective(negatives=1, gate=gate)) for gate in (False, True))
+    users = np.array([len(users) for users in population.users_of])
+    assert judged.tolist() == np.minimum(plain + users, ITEMS).tolist() and (judged > plain).any()
+
+
+@pytest.mark.parametrize("teacher", ["local", "sent"])
+def test_equal_work_is_the_same_for_everybody(teacher: Any):
+    """Also the list, of the average client's users, whoever of two silos of unequal size is asked first."""
+    owner = silos(train(), 5, by="quantity", seed=3)
+    objective, costs = Objective(distillation=Distillation(teacher, 0.5, top=5)), []
+    for clients in (range(5), reversed(range(5))):
+        here = world(client_of_user=owner, workload="equal")
+        orders = [replace(order(here, client, client), objective=objective) for client in clients]
+        here.fleet.send([replace(o, rows="touched") for o in orders])
+        reports = [here.fleet.next() for _ in orders]
+        costs += [(r.cost.flops, r.cost.bytes_down, r.cost.bytes_up) for r in reports if isinstance(r, Report)]
+    population = here.population
+    assert len({len(users) for users in population.users_of}) > 1
+    expected = workload(
+        LAYOUT, Submodel.full(LAYOUT), objective, examples=population.examples_of_client(objective).mean(),
+        listed=round(5 * USERS / 5), rows=round(population.rows_of_client(objective).mean()), items=ITEMS,
+    )  # fmt: skip
+    assert len(costs) == 10 and set(costs) == {(expected.training + expected.teacher, expected.down, expected.up)}
 
 
 def test_a_narrower_self_is_one_more_pass_at_its_width():
