@@ -21,7 +21,9 @@ from fedprune.data import Split
 from fedprune.errors import ConfigError, RecordError
 from fedprune.export import load
 from fedprune.recommenders import build
-from fedprune.simulation import read_data
+from fedprune.record import RunRecord
+from fedprune.simulation import prepare, read_data
+from fedprune.simulation import run as run_once
 from fedprune.submodel import Submodel, extract
 
 QUICK = Recipe(dense=6, rounds=6, retrain=3, prunings=2, early=2, evaluations=3)
@@ -188,6 +190,85 @@ def test_refuses_models_of_other_data(settings: Settings, split: Split, tmp_path
     other = replace(split, test=np.where(split.test >= 0, (split.test + 1) % split.train.items, -1))
     with pytest.raises(RecordError, match="of other data"):
         compress(settings, "magnitude", 0.5, tmp_path, split=other, recipe=QUICK)
+
+
+UNTAUGHT = {"entries": {}, "distillation": {}, "nested": 0.0, "dropout": 0.0, "availability": 1.0, "noise": 0.0}
+TAUGHT = {
+    "entries": {"kind": "feedback", "keep": 0.4, "every": 1}, "distillation": {"teacher": "local", "weight": 0.5, "top": 5},
+    "nested": 0.4, "dropout": 0.4, "availability": 0.6, "noise": 0.3,
+}  # fmt: skip
+"""What a federation's settings may say, and one machine does not do."""
+
+
+def test_the_bench_trains_one_plain_model(settings: Settings, split: Split, dense: Fitted):
+    assert TAUGHT.keys() == UNTAUGHT.keys() and all(getattr(settings, name) == value for name, value in UNTAUGHT.items())
+    other = Bench.of(settings.model_copy(update=TAUGHT), split, "implicit", QUICK)
+    assert same(other.dense().model, dense.model)
+
+
+def test_the_start_is_a_checkpoint_too(settings: Settings, split: Split, dense: Fitted, tmp_path: Path):
+    bench = Bench.of(settings, split, "implicit", replace(QUICK, early=0))
+    start = {name: tensor.clone() for name, tensor in bench.start[0].items()}
+    rows = {name: tensor.clone() for name, tensor in bench.start[1].items()}
+    first = bench.dense()
+    assert same(first.model, dense.model), "only the checkpoint is another"
+    assert first.early is not None and same(first.early[0], start) and same(first.early[1], rows)
+    bench.student("lth-sad", 0.4, first)
+    assert same(first.early[0], start) and same(first.early[1], rows), "rewound to, and not trained"
+    assert dense.early is not None and not same(dense.early[1], rows)
+    compress(settings, "ss-sad", 0.4, tmp_path, split=split, recipe=replace(QUICK, early=0))
+
+
+def federated(settings: Settings, folder: Path, **changes: object) -> tuple[Settings, Path]:
+    """A run of a few rounds."""
+    chosen = settings.model_copy(update={"rounds": 4, "evaluations": 2, **changes})
+    run_once(chosen, folder)
+    (made,) = folder.glob("*/seed0")
+    return chosen, made
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "lth_sad", "tables": {"lth_sad": {"every": 1}}},
+        {"strategy": "dpp"},
+        {"strategy": "fedavg", "entries": {"kind": "feedback", "keep": 0.5}},
+        {"strategy": "fedavg", "tables": {"fedavg": {"entries": {"kind": "personal", "keep": 0.5}}}},
+    ],
+)
+def test_runs_inside_masks_are_refused(settings: Settings, split: Split, tmp_path: Path, changes: dict):
+    chosen, made = federated(settings, tmp_path / "runs", **changes)
+    with pytest.raises(ConfigError, match="inside masks of entries already; `fedprune export`"):
+        compress(chosen, "magnitude", 0.5, tmp_path / "out", split=split, run=made, recipe=QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_went_on_is_compressed_anew(settings: Settings, split: Split, tmp_path: Path):
+    """What is kept follows from the run's model, not from where it lies; and a run's own teacher and dropout are its own."""
+    chosen, made = federated(settings, tmp_path / "runs", nested=0.3, dropout=0.2, distillation=TAUGHT["distillation"])
+    trained: list[str] = []
+
+    def pruned() -> dict:
+        trained.clear()
+
+        def watch(name: str, number: int, of: int) -> None:
+            trained.extend([name] * (number == 1))
+
+        return compress(chosen, "magnitude", 0.5, tmp_path / "out", split=split, run=made, recipe=QUICK, watch=watch)
+
+    first = pruned()
+    assert trained == ["magnitude", "dense", "magnitude"]
+    again = pruned()
+    assert not trained and again["file"] == first["file"]
+    assert all(again[side]["ndcg10_full"] == first[side]["ndcg10_full"] for side in ("dense", "pruned"))
+    record = RunRecord(made)
+    model, state = record.kept_model().model, prepare(chosen, split).state
+    record.keep_model(replace(state, model={name: tensor * 1.5 for name, tensor in model.items()}, version=4))
+    second = pruned()
+    assert trained == ["magnitude", "dense", "magnitude"] and second["file"] != first["file"]
+    small = [load(Path(result["file"])) for result in (first, second)]
+    assert small[0].parameters == small[1].parameters
+    assert first["dense"]["ndcg10_full"] != second["dense"]["ndcg10_full"]
 
 
 def call(*words: object) -> Result:

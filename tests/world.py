@@ -122,6 +122,16 @@ def world(
     return World(strategy, made, ServerState(what.initial(seed), what.layout, seed))
 
 
+def louder(here: World) -> World:
+    """With rows and columns of size one, so that scores differ."""
+    chance = torch.Generator().manual_seed(8)
+    model = {n: torch.randn(t.shape, generator=chance) / 2 for n, t in here.state.model.items()}
+    here.state = replace(here.state, model=model)
+    for rows in here.population.private.values.values():
+        rows.copy_(torch.randn(rows.shape, generator=chance) / 2)
+    return here
+
+
 def as_slow_as(devices: DeviceTable, slowness: Sequence[float]) -> DeviceTable:
     """The same devices dealt these slownesses."""
     wanted = np.asarray(slowness, float)

@@ -185,7 +185,7 @@ class Deployment:
 
     def questions(self, state: ServerState, silent: Sequence[ClientId] = ()) -> dict[int, RecordDict]:
         """What idle clients are asked for an evaluation, by node: each with the submodel it would serve its users with."""
-        roster, contents = self.fleet.idle(), {}
+        roster, contents, state = self.fleet.idle(), {}, self.strategy.begun(state)
         objective = replace(self.strategy.objective, distillation=None)  # nobody is taught, so the cut is all they need
         submodels = self.strategy.submodels(state, roster.clients, roster)
         for client, submodel in zip(roster.clients.tolist(), submodels, strict=True):

@@ -194,13 +194,13 @@ class Device:
         (order,) = wire.read_orders(content, self.recommender.layout).orders
         self._recall()
         steps = wire.read_option(content, "listen", int, 0)
-        if steps and order.submodel.widths == self.recommender.layout.full:
+        if steps:
             ears = replace(self.store, kind="listening")
             ears.load(self.population, self.users)
             before = rows_of(self.population, self.users)
             listen(
                 self.recommender, self.population, order.model, [self.local], order.objective, steps=steps, seed=order.seed,
-                version=order.version,
+                version=order.version, submodels=[order.submodel],
             )  # fmt: skip
             ears.keep(before, self.population, self.users, -1)
         score = cut_scorer(self.recommender, order.model, order.submodel, self.population.private.values)

@@ -198,6 +198,23 @@ def test_masks_and_lessons_are_those_that_were_simulated(tmp_path: Path, changes
         assert apart["test"][figure] == pytest.approx(central["test"][figure], abs=1e-9)
 
 
+@pytest.mark.parametrize("silent", [(), (0, 2)], ids=["nobody listens", "two listen"])
+@pytest.mark.parametrize(
+    "changes", [["dpp"], ["dpf", "dpf.keep=0.5"], ["heterofl"], ["dpf"]], ids=["learned", "masked", "narrow", "by rate"]
+)
+def test_before_the_first_round_users_are_served_alike(tmp_path: Path, changes: list[str], silent: tuple[int, ...]):
+    """With masks drawn and logits started, and whoever listens has fitted its rows to the cut it holds."""
+    strategy, *more = changes
+    chosen = settings(tmp_path, f"strategy={strategy}", "listen_steps=20", *more).only(strategy)
+    simulated = prepare(chosen, read_data(chosen))
+    slowness = [float(s) for s in simulated.fleet.devices.slowness]
+    lab = Lab(tmp_path, {client: {"slowness": slow} for client, slow in enumerate(slowness)})
+    deployed = Deployment.of(chosen, lab.nodes(), "run", catalogue_of(chosen), 30.0)
+    central, apart = simulated.evaluate(simulated.state, silent), deployed.evaluate(deployed.begin()[0], silent)
+    for figure in ("hr10_full", "ndcg10_full", "ndcg10_expected"):
+        assert apart["test"][figure] == pytest.approx(central["test"][figure], abs=1e-9)
+
+
 @pytest.mark.parametrize(("teacher", "why"), [("sent", "these never reach the server"), ("given", "devices have none")])
 def test_teachers_that_devices_cannot_have_are_refused_before_anything_begins(tmp_path: Path, teacher: str, why: str):
     lab = Lab(tmp_path)

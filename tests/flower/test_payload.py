@@ -128,7 +128,9 @@ def test_a_teacher_travels_whole_and_once(kind: str, teacher: str):
     content = wire.write_orders(orders, layout, run="r", settings="{}")
     local = replace(objective, distillation=replace(objective.distillation, teacher="local"))
     load = workload(layout, orders[0].submodel, local, examples=9, listed=3, rows=ITEMS, items=ITEMS)
-    assert nbytes(content, "model") == load.down == layout.bytes(layout.full, ITEMS)
+    masks = {o.submodel.key: sizes(layout, o.submodel, ITEMS).masks for o in orders}
+    assert nbytes(content, "model") == layout.bytes(layout.full, ITEMS) == load.down - masks[orders[0].submodel.key]
+    assert nbytes(content, "model", "entries") == nbytes(content, "model") + sum(masks.values()), "each one's own masks"
     parcel = wire.read_orders(content, layout)
     assert all(same(got.model, start) for got in parcel.orders) and parcel.orders[0].model is parcel.orders[1].model
     assert all(alike(layout, got.submodel, sent.submodel) for got, sent in zip(parcel.orders, orders, strict=True))

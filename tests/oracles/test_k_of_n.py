@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from world import ITEMS, LATENT, close, order, recommender, world
+from world import ITEMS, LATENT, close, louder, order, recommender, world
 
 from fedprune.entries import KOfN
 from fedprune.entries.learned import k_hot, straight_through
@@ -136,8 +136,8 @@ def test_logits_make_no_unit_important():
     plain = {name: tensor for name, tensor in here.state.model.items() if not name.endswith(LOGITS)}
     loud = {name: tensor * 100 if name.endswith(LOGITS) else tensor for name, tensor in here.state.model.items()}
     memories = [Importance().prepare({}, model, here.state.layout) for model in (plain, here.state.model, loud)]
-    for axis, order in memories[0].items():
-        assert all(np.array_equal(order, memory[axis]) for memory in memories[1:])
+    for axis, units in memories[0].items():
+        assert all(np.array_equal(units, memory[axis]) for memory in memories[1:])
 
 
 @pytest.mark.parametrize("name", ["mf", "neumf"])
@@ -174,7 +174,7 @@ def test_every_order_is_trained_at_its_own_temperature():
     """Two versions of one model, as after a round without reports: they may not share a stack, nor a temperature."""
     updates: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
     for fleet in ("serial", "vector"):
-        here = world(Strategy(entries=KOfN(0.4, over=1)), fleet=fleet)
+        here = louder(world(Strategy(entries=KOfN(0.4, over=1)), fleet=fleet))
         here.state, objective = here.strategy.begun(here.state), Objective(lr=0.3)
         orders = [order(here, client, client) for client in range(8)]
         here.fleet.send([replace(o, objective=objective, version=o.client % 2) for o in orders])
@@ -185,10 +185,10 @@ def test_every_order_is_trained_at_its_own_temperature():
             updates[fleet][report.order.client] = {n: t[report.position][real] for n, t in report.updates.tensors.items()}
     for client in range(8):
         assert close(updates["serial"][client], updates["vector"][client])
-    steep = world(Strategy(entries=KOfN(0.4, over=1)), fleet="serial")
-    steep.state = steep.strategy.begun(steep.state)
-    steep.fleet.send([replace(order(steep, 1, 1), objective=Objective(lr=0.3), version=0)])
-    other = steep.fleet.next()
-    assert isinstance(other, Report)
+    other = louder(world(Strategy(entries=KOfN(0.4, over=1)), fleet="serial"))
+    other.state = other.strategy.begun(other.state)
+    other.fleet.send([replace(order(other, 1, 1), objective=Objective(lr=0.3), version=0)])
+    hot = other.fleet.next()
+    assert isinstance(hot, Report)
     logits = f"item_embedding{LOGITS}"
-    assert not torch.allclose(other.updates.tensors[logits][0], updates["vector"][1][logits], atol=1e-3), "hot, and cold"
+    assert not torch.allclose(hot.updates.tensors[logits][0], updates["vector"][1][logits], atol=1e-3), "hot, and cold"

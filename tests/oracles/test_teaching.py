@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from world import ITEMS, USERS, World, order, same, train, world
+from world import ITEMS, USERS, World, louder, order, same, train, world
 
 from fedprune.data import silos
 from fedprune.distill import Distillation
@@ -39,16 +39,6 @@ def scores_of(here: World, user: int) -> torch.Tensor:
     stacked = {name: tensor[None] for name, tensor in here.state.model.items()}
     own = {name: rows[user][None, None] for name, rows in here.private.items()}
     return here.fleet.recommender.score(stacked | own)[0]
-
-
-def louder(here: World) -> World:
-    """With rows and columns of size one, so that scores differ."""
-    chance = torch.Generator().manual_seed(8)
-    model = {n: torch.randn(t.shape, generator=chance) / 2 for n, t in here.state.model.items()}
-    here.state = replace(here.state, model=model)
-    for rows in here.population.private.values.values():
-        rows.copy_(torch.randn(rows.shape, generator=chance) / 2)
-    return here
 
 
 # ---- lists -----------------------------------------------------------------------------------------------------------

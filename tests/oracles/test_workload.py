@@ -65,10 +65,10 @@ def test_who_lists_items_needs_the_whole_table():
     for teacher in ("sent", "given"):
         assert load(**given, distillation=Distillation(teacher, 0.5, top=5)).down < 40 * ROW
     here = world()
-    objective = Objective(distillation=Distillation("local", 0.5, top=2))
+    objective = Objective(negatives=1, distillation=Distillation("local", 0.5, top=2))
     here.fleet.send([replace(order(here, 0, 0), rows="touched", objective=objective)])
     cost = here.fleet.next().cost
-    touched = here.population.examples_of_client(Objective())[0] + 2
+    touched = here.population.examples_of_client(objective)[0] + 2
     assert touched < ITEMS and (cost.bytes_down, cost.bytes_up) == (ITEMS * FULL_ROW, touched * FULL_ROW)
 
 
