@@ -26,7 +26,7 @@ check: $(VENV)/.test
 	$(BIN)/basedpyright
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-deploy: $(VENV)/.test
 	$(BIN)/python -m pytest -m "deploy or ray" -o faulthandler_timeout=400 -n 2 --dist worksteal tests/deploy tests/ray
