@@ -27,7 +27,7 @@ from fedprune.export.model import Compact, compact
 from fedprune.recommenders import Recommender
 from fedprune.record import Kept, RunRecord
 from fedprune.simulation import fingerprint, read_data
-from fedprune.strategy import ServerState, prepared
+from fedprune.strategy import ServerState
 from fedprune.submodel import Submodel
 from fedprune.types import ClientId, Rate, Tensors
 
@@ -110,8 +110,7 @@ def _cut(
     if client is not None and not 0 <= client < (users or client + 1):
         raise ConfigError(f"client {client} is not in 0..{(users or 0) - 1}")
     state = ServerState(kept.model, recommender.layout, own.seed, kept.version, pruning=kept.pruning, entries=kept.entries)
-    if not state.pruning and not state.entries:  # from before the first round: as `Strategy.submodels`
-        state = prepared(strategy, state)
+    state = strategy.begun(state)  # the model may be from before the first round
     submodel = strategy.carve(state, client or 0, rate)
     exported = compact(recommender, state.model, submodel, strategy.entries, item_ids)
     return plain_recommender(own, users or 1, items), exported, users
