@@ -56,6 +56,8 @@ class Settings(BaseModel):
     recency: bool = Field(False, description="newer positives weigh more in the private rows' gradient")
     recency_weight: float = Field(20.0, ge=0, description="how much more the newest weighs")
     recency_horizon: float = Field(4.0, gt=0, description="after how many later positives that has fallen to 1/e")
+    sparse: float = Field(0.0, ge=0, description="weight of a penalty that makes units or entries prunable")
+    sparse_by: Literal["units", "entries"] = Field("units", description="group lasso over units, or L1 over entries")
     nested: float = Field(0.0, ge=0, description="weight of the self-distillation from a client's width to half of it")
     distillation: dict[str, float | int | str] = Field({}, description="a teacher: see distill.Distillation")
     entries: dict[str, Any] = Field({}, description="a mask of entries: kind (see entries.KINDS) and its own settings")
@@ -69,6 +71,9 @@ class Settings(BaseModel):
     report_seconds: float = Field(10.0, gt=0, description="an average full report on the fastest linear device")
     mix: dict[str, int] = Field({}, description="named devices and their proportions")
     workload: Literal["own", "equal"] = Field("own", description="charge each client its own work, or all the average")
+    memory_limited: float = Field(0.0, ge=0, le=1, description="share of devices whose memory cannot hold the full model")
+    memory_rate: float = Field(0.5, gt=0, lt=1, description="the largest rate whose model these can hold")
+    memory_who: Literal["slowest", "random"] = Field("slowest", description="which devices these are")
     noise: float = Field(0.0, ge=0, le=2, description="standard deviation of the log of an order's duration")
     availability: float = Field(1.0, gt=0, le=1, description="share of the time that a client can be reached")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability of vanishing in the middle of an order")
@@ -144,7 +149,8 @@ class Settings(BaseModel):
 COMMON = (
     "data", "catalogue",
     "min_interactions", "silos", "silos_by", "silos_alpha", "devices", "sigma", "device_class", "report_seconds", "mix",
-    "workload", "noise", "availability", "dropout", "virtual_seconds", "evaluations", "target", "seed",
+    "memory_limited", "memory_rate", "memory_who", "workload", "noise", "availability", "dropout", "virtual_seconds",
+    "evaluations", "target", "seed",
 )  # fmt: skip
 """Settings that runs must share to be comparable."""
 

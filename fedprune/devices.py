@@ -9,14 +9,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fedprune.errors import ConfigError, unknown
 from fedprune.exchange import Cost, Split
 from fedprune.random import stream, uniform
-from fedprune.types import FloatArray, IntArray, Seconds
+from fedprune.types import FloatArray, IntArray, Rate, Seconds
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class DeviceTable:
         noise: standard deviation of the logarithm of an order's duration.
         availability: share of the time that a client can be reached, in slots of `slot` seconds.
         dropout: probability that a client vanishes in the middle of an order.
+        capacity: largest rate whose model fits into each device's memory; None: everything fits.
     """
 
     name: str
@@ -83,6 +84,7 @@ class DeviceTable:
     dropout: float = 0.0
     slot: Seconds = 60.0
     seed: int = 0
+    capacity: FloatArray | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.availability <= 1:
@@ -252,6 +254,24 @@ def _with_slowness(
 ) -> DeviceTable:
     seconds = average.flops / flops + average.bytes_down / down + average.bytes_up / up
     return DeviceTable(name, flops, down, up, **watts, slowness=seconds / seconds.min(), seed=seed)
+
+
+def limited(
+    table: DeviceTable, share: float, rate: Rate, *, who: Literal["slowest", "random"] = "slowest", seed: int = 0
+) -> DeviceTable:
+    """The same devices, of which a share (at least one) has memory for no more than the model at this rate.
+
+    Args:
+        who: those that are slowest anyhow (of equals, the first), or any.
+    """
+    if share == 0:
+        return table
+    order = (
+        np.argsort(-table.slowness, kind="stable") if who == "slowest" else stream(seed, "memory").permutation(table.clients)
+    )
+    capacity = np.ones(table.clients)
+    capacity[order[: max(1, round(share * table.clients))]] = rate
+    return replace(table, capacity=capacity)
 
 
 def disturbed(table: DeviceTable, *, noise: float = 0.0, availability: float = 1.0, dropout: float = 0.0) -> DeviceTable:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from torch import Tensor
 
+from fedprune.codec import Codec
 from fedprune.objective import Objective
 from fedprune.submodel import Submodel
 from fedprune.types import Bytes, ClientId, FloatArray, IntArray, Rate, Seconds, Tensors, Ticket, Version
@@ -91,11 +92,16 @@ class Roster:
         population: how many clients there are in all.
         slowness: `[population]`; how many times longer than the fastest device each takes for the full model, as known
             beforehand. For strategies that presume such knowledge; learners must not look at it.
+        capacity: `[population]`; the largest rate whose model fits into each device's memory, which a device does know
+            beforehand. None: everything fits everywhere.
+        busy: how many clients are at work.
     """
 
     clients: IntArray
     population: int
     slowness: FloatArray
+    capacity: FloatArray | None = None
+    busy: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,12 +114,20 @@ class Order:
     rate: Rate
     submodel: Submodel
     objective: Objective
-    rows: Literal["table", "touched"]
+    codec: Codec
     model: Tensors
     """The full model of that version, shared by all its orders; a fleet cuts what it sends (`submodel.extract`)."""
     seed: int
     expires: Seconds | None = None
     """A report is worth nothing so long after sending; None: it may come at any time."""
+    refill: bool = False
+    """Sent while its round was already on its way, to a client that had just become free."""
+    age: int = 0
+    """Merges since the version that its model is of: above 0 where a client trains on what it has cached (`Codec.refresh`)."""
+    rest: Tensors | None = None
+    """The full model of which a client keeps what it does not train; None: that is of the order's version as well."""
+    cached: bool = False
+    """The client has its model already, or all of it but what it trains."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +139,15 @@ class Updates:
         rows: item numbers of the touched rows, int64 `[clients, rows]`.
         present: which of them are real, the others being padding; bool `[clients, rows]`.
         tensors: touched ones `[clients, rows, ...]`, shared ones `[clients, ...]`, at held widths; zero where not trained.
+        scales: float16 `[clients, rows]` of those that travel as int8 (`precision`): every entry is a whole number of times its
+            row's. For whoever writes them to a wire.
     """
 
     submodels: tuple[Submodel, ...]
     rows: Tensor
     present: Tensor
     tensors: Tensors
+    scales: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,6 +160,8 @@ class Report:
         finished: when it reached the server.
         work: share of the ordered examples that it did (below 1 where a time limit stopped it).
         staleness: merges between the version it trained on and the one it is merged into.
+        period: merges from one report of this client to its next, expected: those that its work spans, and those for which it
+            is not chosen.
         waited: from then until the merge, while others were still at work.
         gate: how well the received model did on the client's own held-out item (`Objective.gate`); NaN or None: unknown.
     """
@@ -156,6 +175,7 @@ class Report:
     finished: Seconds
     work: float = 1.0
     staleness: int = 0
+    period: float = 1.0
     waited: Seconds = 0.0
     gate: float | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import platform
 import uuid
 from collections.abc import Callable, Sequence
@@ -92,7 +93,7 @@ class Experiment(Protocol):
         ...
 
     def heterogeneity(self) -> dict[str, float]:
-        """How unequal the devices are (`simulation.spread`)."""
+        """How unequally long clients take for a report of the full model (`spread`)."""
         ...
 
 
@@ -148,7 +149,8 @@ def conduct(experiment: Experiment, record: RunRecord, watch: Watcher | None = N
             watch(event)
         over = over or _over(settings, state, fleet, progress)  # an evaluation may have been the last to be patient with
     record.checkpoint(state, experiment.snapshot(state), progress | {"asked": sorted(asked)})
-    summary = summarise(record.events(), settings.model_dump(), ceiling=experiment.heterogeneity())
+    unequal = experiment.heterogeneity() | settled(record, state.version, experiment.clients)
+    summary = summarise(record.events(), settings.model_dump(), unequal)
     summary = {"identity": record.folder.parent.name} | summary
     record.finish(summary)
     return summary
@@ -194,6 +196,8 @@ def objective_of(settings: Settings) -> Objective:
         private_steps=settings.private_steps,
         recency=settings.recency_weight if settings.recency else 0.0,
         horizon=settings.recency_horizon,
+        sparse=settings.sparse,
+        sparse_by=settings.sparse_by,
         nested=settings.nested,
         distillation=taught if taught is not None and taught.active else None,
     )
@@ -222,18 +226,31 @@ def digest(model: Tensors) -> str:
 
 
 def spread(slowness: np.ndarray) -> dict[str, float]:
-    """How unequal devices are: slowest over fastest, mean shortfall H = 1 - mean(1/s), and the loss-free ceiling.
+    """How unequal clients are: slowest over fastest, mean shortfall H = 1 - mean(1/s), variation, and the loss-free ceiling.
 
-    `ceiling` is mean(1/s) * max(s): how much faster than waiting for all it goes at most if no work is left out.
+    `variation` is the standard deviation over the mean; `ceiling` is mean(1/s) * max(s): how much faster than waiting for
+    all it goes at most if no work is left out.
 
     Args:
-        slowness: `[clients]`, time for the full model relative to the fastest device's.
+        slowness: `[clients]`, each one's time relative to the fastest one's.
     """
     return {
         "slowest_over_fastest": float(slowness.max()),
         "mean_shortfall": float(1 - (1 / slowness).mean()),
+        "variation": float(slowness.std() / slowness.mean()),
         "ceiling": float((1 / slowness).mean() * slowness.max()),
     }
+
+
+def settled(record: RunRecord, rounds: int, clients: int) -> dict[str, float | None]:
+    """`spread` of what clients' reports came to take (keys with `_after`), and the share of the clients that it is about.
+
+    A client's time is the median of its reports that were merged in the last quarter of the rounds, waiting left out. Who has
+    none there is not judged: an earlier one may be of another rate.
+    """
+    seconds = record.report_seconds(rounds - math.ceil(rounds / 4))
+    found = spread(seconds / seconds.min()) if len(seconds) else dict.fromkeys(spread(np.ones(1)))
+    return {f"{name}_after": value for name, value in found.items()} | {"clients_after": len(seconds) / clients}
 
 
 def _over(settings: Settings, state: ServerState, fleet: Fleet, progress: dict[str, Any]) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol
 
@@ -74,32 +75,58 @@ class Merge:
         over: "holders" divides by those who trained the coordinate (HeteroFL; AdaptCL's by-unit); "cohort" by all who
             reported, so that who lacks it votes for the old value (FedMP's R2SP); "common" merges only what everybody trained
             who reported (and who touched its row), the rest keeps its old value (Hermes).
-        weights: w_k: "equal"; "examples" (FedAvg's n_k); "period": merges since the model was sent, plus one, so that who
-            reports every s-th round counts s-fold; "coverage": 1 / (the share of the tensor that k trains), so that each
-            entry is expected to count alike however seldom a client trains it (Horvitz & Thompson 1952).
-        optimiser: the server's step.
+        weights: w_k: "equal"; "examples" (FedAvg's n_k); "period": merges from one report of the client to its next, those
+            included for which it is not chosen, so that who reports every s-th round counts s-fold; "coverage": 1 / (the share
+            of the tensor that k trains), so that each entry is expected to count alike however seldom a client trains it
+            (Horvitz & Thompson 1952).
+        discount: a report's update counts (1 + staleness)^-discount, and the mean is not made up for it (FedAsync, FedBuff).
+        mixing: what a stale report brings is not its update but the model it ends with, which pulls the present one back
+            towards the version it began with (FedAsync); on the entries that it trained.
+        scaling: the server's step is multiplied by (reports / `among`)^scaling, for merging before all have reported at the
+            rate of merging when they have: 1/2 is the square-root rule for Adam with smaller batches (Malladi et al. 2022).
+        damp: the server's step of an entry is multiplied by (the share of this round's reporters that train its units)^damp, so
+            that what few devices hold moves less; against the over-fitting of mixed widths (`simulations/widths.py`).
+        among: reports at which the step is whole; None: one of every client.
+        optimiser: the server's step; None: plain averaging, unless the experiment has another.
     """
 
     over: Literal["holders", "cohort", "common"] = "holders"
     weights: Literal["equal", "examples", "period", "coverage"] = "equal"
-    optimiser: ServerOptimiser = field(default_factory=Average)
+    discount: float = 0.0
+    mixing: bool = False
+    damp: float = 0.0
+    scaling: float = 0.0
+    among: int | None = None
+    optimiser: ServerOptimiser | None = None
 
     def __post_init__(self) -> None:
         if self.over not in ("holders", "cohort", "common"):
             raise ConfigError(f'merge over "{self.over}"; it is holders, cohort or common')
         if self.weights not in ("equal", "examples", "period", "coverage"):
             raise ConfigError(f'merge weights "{self.weights}"; they are equal, examples, period or coverage')
+        if self.discount < 0:
+            raise ConfigError(f"discount is {self.discount}; it is an exponent of 1/(1 + staleness), so not negative")
+        if self.damp < 0:
+            raise ConfigError(f"damp is {self.damp}; it is an exponent of a share, so not negative")
+        if not 0 <= self.scaling <= 1 or (self.among is not None and self.among < 1):
+            raise ConfigError(f"scaling is {self.scaling} and among {self.among}; they must be in [0, 1] and at least 1")
 
-    def __call__(self, model: Tensors, memory: Tensors, layout: Layout, reports: Sequence[Report]) -> tuple[Tensors, Tensors]:
+    def __call__(
+        self, model: Tensors, memory: Tensors, layout: Layout, reports: Sequence[Report], population: int = 1
+    ) -> tuple[Tensors, Tensors]:
         """The next model and the optimiser's next memory; neither argument is changed.
 
         Reports are taken in the order of their tickets: float addition does not commute bit for bit.
         """
         if not reports:
             return model, memory
-        memory, merged = dict(memory), {}
+        memory, merged, optimiser = dict(memory), {}, self.optimiser or Average()
+        scale = min(1.0, len(reports) / (self.among or population)) ** self.scaling
         for name, (mean, held) in self.means(model, layout, reports).items():
-            merged[name] = model[name] + self.optimiser.step(memory, name, mean, held)
+            step = optimiser.step(memory, name, mean, held)
+            if self.damp:
+                step = step * trained_by(reports, layout, name) ** self.damp
+            merged[name] = model[name] + (step if scale == 1.0 else scale * step)
         return merged, memory
 
     def means(self, model: Tensors, layout: Layout, reports: Sequence[Report]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -112,7 +139,10 @@ class Merge:
         for members in stacks.values():
             members.sort(key=lambda r: r.position)
             weights = {name: torch.tensor([self.weight(r, layout, name) for r in members]) for name in model}
-            sums.add(members[0].updates, [r.position for r in members], weights)
+            strength = torch.tensor([(1.0 + r.staleness) ** -self.discount for r in members])
+            begun = members[0].order.model if self.mixing else model
+            behind = {} if begun is model else {name: begun[name] - model[name] for name in model}
+            sums.add(members[0].updates, [r.position for r in members], weights, strength, behind)
             cohort = {name: total + float(weights[name].sum()) for name, total in cohort.items()}
         result = {}
         for name in model:
@@ -132,10 +162,22 @@ class Merge:
             case "examples":
                 return float(report.examples)
             case "period":
-                return float(1 + report.staleness)
+                return float(report.period)
             case "coverage":
                 share = coverage(report.order.submodel, layout, name)
                 return 1.0 / share if share else 1.0  # who trains none of it has reported all the same
+
+
+def trained_by(reports: Sequence[Report], layout: Layout, name: str) -> Tensor:
+    """Share of the reporters that train each entry's units, broadcastable to the tensor; masks of entries aside."""
+    touched = layout.kind(name) == "touched"
+    share, counted = torch.zeros(()), Counter(report.order.submodel for report in reports)
+    for submodel, times in counted.items():
+        trained = torch.ones(())
+        for dimension in layout.tensors[name][1 if touched else 0 :]:
+            trained = trained[..., None] * mask(layout, dimension, submodel.trained)
+        share = share + times / len(reports) * trained
+    return share[None] if touched else share
 
 
 @lru_cache(maxsize=8192)
@@ -170,15 +212,21 @@ class _Sums:
         deltas = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
         return cls(layout, deltas, {name: torch.zeros_like(tensor) for name, tensor in model.items()}, reached)
 
-    def add(self, updates: Updates, places: list[int], weights: Tensors) -> None:
-        """Add the weighted updates of some clients of a stack (places ascending), and their weights where they trained."""
+    def add(self, updates: Updates, places: list[int], weights: Tensors, strength: Tensor, behind: Tensors) -> None:
+        """Add the weighted updates of some clients of a stack (places ascending), and their weights where they trained.
+
+        Args:
+            weights: per tensor, `[clients]`.
+            strength: `[clients]`, multiplies updates and not weights.
+            behind: what to add to each client's update where it trained; nothing where empty.
+        """
         submodels = [updates.submodels[place] for place in places]
         keys = [s.key for s in submodels]
         same = len(set(keys)) == 1
         if not same and any(s.entries for s in submodels):  # masks do not factorise: one submodel after another
             for key in dict.fromkeys(keys):
                 own = [number for number, k in enumerate(keys) if k == key]
-                self.add(updates, [places[n] for n in own], {name: weight[own] for name, weight in weights.items()})
+                self.add(updates, [places[n] for n in own], {n: w[own] for n, w in weights.items()}, strength[own], behind)
             return
         whole = len(places) == len(updates.submodels)
         clients = torch.tensor(places)
@@ -187,23 +235,32 @@ class _Sums:
         for name, stacked in updates.tensors.items():
             delta, weight = stacked if whole else stacked[clients], weights[name]
             touched = self.layout.kind(name) == "touched"
-            if not touched:  # one line of weights stands for all clients that agree on what they train
-                by_row = weight.sum(0, keepdim=True)[None] if same else weight[:, None]
-            elif same:
-                flat = torch.zeros(self.layout.items).index_add_(0, rows.flatten(), (present * weight[:, None]).flatten())
-                by_row = flat[None]
-            else:
-                by_row = torch.zeros(len(places), self.layout.items).scatter_add_(1, rows, present * weight[:, None])
             dimensions = self.layout.tensors[name][1 if touched else 0 :]
             # Who trained what, `[clients or 1, extent]` per dimension.
             factors = [torch.stack([mask(self.layout, d, s.trained) for s in agreed]) for d in dimensions]
-            outer = _outer(by_row, factors).reshape(self.covered[name].shape)
-            if name in agreed[0].entries and not agreed[0].through:
-                outer = outer * torch.from_numpy(agreed[0].entries[name])
+
+            def covering(weight: Tensor, name: str = name, touched: bool = touched, factors: list[Tensor] = factors):
+                """Each entry's sum of weights, `[full shape]`, and each row's."""
+                if not touched:  # one line of weights stands for all clients that agree on what they train
+                    by_row = weight.sum(0, keepdim=True)[None] if same else weight[:, None]
+                elif same:
+                    flat = torch.zeros(self.layout.items).index_add_(0, rows.flatten(), (present * weight[:, None]).flatten())
+                    by_row = flat[None]
+                else:
+                    by_row = torch.zeros(len(places), self.layout.items).scatter_add_(1, rows, present * weight[:, None])
+                outer = _outer(by_row, factors).reshape(self.covered[name].shape)
+                if name in agreed[0].entries and not agreed[0].through:
+                    outer = outer * torch.from_numpy(agreed[0].entries[name])
+                return outer, by_row.sum(0)
+
+            outer, reached = covering(weight)
             self.covered[name] += outer
-            self.reached[name] += by_row.sum(0)
-            weighted = delta if bool((weight == 1).all()) else delta * _like(weight, delta)
+            self.reached[name] += reached
+            counted = weight * strength
+            weighted = delta if bool((counted == 1).all()) else delta * _like(counted, delta)
             _add_deltas(self.deltas[name], self.layout, dimensions, submodels, weighted, rows if touched else None)
+            if name in behind:
+                self.deltas[name] += covering(counted)[0] * behind[name]
 
 
 def _outer(first: Tensor, factors: list[Tensor]) -> Tensor:

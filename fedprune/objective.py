@@ -18,13 +18,14 @@ from fedprune.types import Seconds
 class Objective:
     """Binary cross-entropy on a client's positives and fresh negatives, plus terms that are off at their zero.
 
-    L = sum_i BCE(sigmoid(s_i), y_i) + proximal/2 ||w - w_received||^2, by SGD on what is shared and by Adam on what is
-    private. Touched item rows move by their summed gradient, shared tensors and private rows by the mean over examples.
+    L = sum_i BCE(sigmoid(s_i), y_i) + proximal/2 ||w - w_received||^2 + sparse R(w), by SGD on what is shared and by Adam on
+    what is private. Touched item rows move by their summed gradient, shared tensors and private rows by the mean over examples.
 
     Attributes:
         task: "implicit" is the above; "ratings" predicts the ratings of what a user took, by squared error and without
             negatives.
         negatives: unseen items drawn per positive, without replacement, anew for every order. Held-out items are unseen.
+        weight_negatives: what a negative counts in the loss beside a positive.
         epochs: passes over the examples.
         batch: examples per step; None takes them all in one.
         lr: of the shared tensors and item rows.
@@ -32,6 +33,8 @@ class Objective:
         decay_private: L2 penalty on the private rows.
         private_steps: further steps on the private rows alone after each epoch; they cost no upload.
         proximal: FedProx's mu.
+        sparse: weight of a penalty on what was received, so that it becomes prunable (`sparse.slope`).
+        sparse_by: "units" penalises each unit's norm (group lasso), "entries" the sum of |w|.
         until: stop after so many seconds of an order and report what is done (FedProx's partial work); None: never.
         recency: how much more the newest positive weighs in the private rows' gradient; 0 switches it off. Nothing
             that leaves the device changes. A positive followed by `a` later ones weighs 1 + recency * exp(-a / horizon).
@@ -47,6 +50,7 @@ class Objective:
 
     task: Literal["implicit", "ratings"] = "implicit"
     negatives: int = 4
+    weight_negatives: float = 1.0
     epochs: int = 1
     batch: int | None = None
     lr: float = 1.0
@@ -55,6 +59,8 @@ class Objective:
     decay_private: float = 0.01
     private_steps: int = 0
     proximal: float = 0.0
+    sparse: float = 0.0
+    sparse_by: Literal["units", "entries"] = "units"
     until: Seconds | None = None
     recency: float = 0.0
     horizon: float = 4.0
@@ -67,10 +73,10 @@ class Objective:
         for name in ("negatives", "epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lr", "lr_private", "horizon"):
+        for name in ("lr", "lr_private", "horizon", "weight_negatives"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("decay_private", "private_steps", "proximal", "recency", "nested"):
+        for name in ("decay_private", "private_steps", "proximal", "sparse", "recency", "nested"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.batch is not None and self.batch < 1:
@@ -78,6 +84,8 @@ class Objective:
 
         if self.task not in ("implicit", "ratings"):
             raise ConfigError(f'task "{self.task}"; it is implicit or ratings')
+        if self.sparse_by not in ("units", "entries"):
+            raise ConfigError(f'sparse_by "{self.sparse_by}"; it is units or entries')
         if not 0 < self.narrower < 1:
             raise ConfigError(f"narrower is {self.narrower}; it must be in (0, 1), a share of the client's own width")
         steps = self.epochs > 1 or self.batch is not None or self.private_steps > 0
@@ -88,7 +96,8 @@ class Objective:
         """Each example's loss, of the shape of both."""
         if self.task == "ratings":
             return (scores - label) ** 2
-        return F.binary_cross_entropy_with_logits(scores, label, reduction="none")
+        error = F.binary_cross_entropy_with_logits(scores, label, reduction="none")
+        return error if self.weight_negatives == 1.0 else error * (label + (1.0 - label) * self.weight_negatives)
 
     def recency_weights(self, age: Tensor, label: Tensor) -> Tensor | None:
         """Weights of the examples in the private rows' gradient; None where all weigh the same.

@@ -30,7 +30,7 @@ from fedprune.energy import above_idle
 from fedprune.errors import RecordError
 from fedprune.exchange import PARTS, Cost, Lost, Report
 from fedprune.strategy import Round, ServerState
-from fedprune.types import Memory, Tensors, Version
+from fedprune.types import FloatArray, Memory, Tensors, Version
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,15 @@ class RunRecord:
         """All rounds so far."""
         return [json.loads(line) for line in self._complete_lines()]
 
+    def report_seconds(self, since: Version) -> FloatArray:
+        """Median seconds of each client's reports that were merged from this version on, `[clients that have any]`."""
+        files = sorted((self.folder / "ledger").glob("*.parquet"))
+        if not files:
+            return np.zeros(0)
+        seconds = pl.sum_horizontal([f"seconds_{part}" for part in PARTS]).alias("seconds")
+        merged = pl.scan_parquet(files).filter((pl.col("version") >= since) & ~pl.col("discarded"))
+        return merged.select("client", seconds).group_by("client").median().sort("client").collect()["seconds"].to_numpy()
+
     def _complete_lines(self) -> list[str]:
         path = self.folder / "events.jsonl"
         text = path.read_text() if path.exists() else ""
@@ -286,7 +295,7 @@ LEDGER = (
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-MEMORIES = ("selection", "rates", "pruning", "entries")
+MEMORIES = ("selection", "rates", "spending", "pruning", "entries", "cached")
 """What the parts of a strategy remember."""
 MASKING = ("pruning", "entries")
 """Those of them that a submodel follows from."""
@@ -296,7 +305,7 @@ def save_state(path: Path, state: ServerState, fleet: Snapshot, extra: Mapping[s
     """Everything a run needs to go on, in one file: the server, and what its fleet gave to be kept."""
     tensors: Tensors = {f"model/{n}": t for n, t in state.model.items()}
     tensors |= {f"optimiser/{n}": t for n, t in state.optimiser.items()}
-    tensors |= _memories(state, MEMORIES)
+    tensors |= _memories(state, MEMORIES) | {f"base/{n}": t for n, t in state.base.items()}
     tensors |= {f"fleet/{n}": t for n, t in fleet.tensors.items()}
     about = {"version": state.version, "ticket": state.ticket, "fleet": fleet.about, "extra": dict(extra)}
     save(path, tensors, _about(about))
@@ -308,8 +317,9 @@ def load_state(path: Path, fresh: ServerState) -> tuple[ServerState, Snapshot, d
         about = json.loads(file.metadata()["fedprune"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
 
-    memories = {p: {n: t.numpy() for n, t in _group(tensors, p).items()} for p in MEMORIES}
+    memories: dict[str, Any] = {p: {n: t.numpy() for n, t in _group(tensors, p).items()} for p in MEMORIES}
     model, optimiser = _group(tensors, "model"), _group(tensors, "optimiser")
+    memories["base"] = _group(tensors, "base")
     state = ServerState(model, fresh.layout, fresh.seed, about["version"], about["ticket"], optimiser, **memories)
     return state, Snapshot(_group(tensors, "fleet"), about["fleet"]), about["extra"]
 

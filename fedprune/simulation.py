@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from fedprune import snapshot
+from fedprune.codec import Codec
 from fedprune.config import Settings
 from fedprune.data import Interactions, Split, leave_one_out, load, one_per_user, silos
-from fedprune.devices import DeviceTable, FullReport, disturbed, linear, named, phones
+from fedprune.devices import DeviceTable, FullReport, disturbed, limited, linear, named, phones
+from fedprune.errors import ConfigError
 from fedprune.evaluation import average, quality, rank_held_out
 from fedprune.exchange import Lost, Roster
 from fedprune.experiment import (
@@ -36,8 +38,9 @@ from fedprune.record import Snapshot
 from fedprune.serving import listen, own_submodels, scorer
 from fedprune.strategy import ServerState, Strategy
 from fedprune.submodel import Submodel
-from fedprune.types import IntArray
+from fedprune.types import FloatArray, IntArray
 from fedprune.warmstart import WarmStart
+from fedprune.workload import workload
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,15 @@ class Simulation:
         return self.fleet.unfinished()
 
     def heterogeneity(self) -> dict[str, float]:
-        """How unequal the device table is (`experiment.spread`)."""
-        return spread(self.fleet.devices.slowness)
+        """How unequally long clients take for a report of the full model, without timing noise or a teacher.
+
+        That is the device table where everybody is charged for the average client's work. With `workload = "own"` each has
+        its own examples, so that clients differ by their data too, as their reports do.
+        """
+        if self.fleet.workload == "equal":
+            return spread(self.fleet.devices.slowness)
+        seconds = self._full_seconds()
+        return spread(seconds / seconds.min())
 
     def evaluate(self, state: ServerState, silent: Sequence[int] = (), final: bool = False) -> dict[str, dict[str, float]]:
         """Quality in the middle of the simulation, from everybody's private rows.
@@ -103,7 +113,9 @@ class Simulation:
                 steps=settings.listen_steps, seed=settings.seed, version=state.version,
                 submodels=[held[client] for client in silent],
             )  # fmt: skip
-        slow = self._slow_users()
+        groups = {"slow": self._slow_users()}
+        if self.fleet.devices.capacity is not None:
+            groups["limited"] = (self.fleet.devices.capacity < 1)[self.client_of_user]
         listening = torch.from_numpy(np.isin(self.client_of_user, np.array(silent, int)))
         private = {
             name: torch.where(listening.reshape(-1, *[1] * (rows.dim() - 1)), self.listeners.private.values[name], rows)
@@ -122,16 +134,38 @@ class Simulation:
             for suffix, score in scorers.items():
                 per_user = quality(rank_held_out(score, seen, held_out))
                 result[name] |= {key + suffix: value for key, value in average(per_user).items()}
-                if slow[per_user.user].any():
-                    result[name] |= {f"{key}_slow{suffix}": value for key, value in average(per_user, slow).items()}
+                for group, users in groups.items():
+                    if users[per_user.user].any():
+                        own_figures = average(per_user, users)
+                        result[name] |= {f"{key}_{group}{suffix}": value for key, value in own_figures.items()}
             if "_global" not in scorers:
                 result[name] |= {f"{key}_global": value for key, value in result[name].items()}
         return result
 
     def _submodels(self, state: ServerState) -> list[Submodel]:
         """What each client's device holds now."""
+        everybody, devices = np.arange(self.clients), self.fleet.devices
+        return self.strategy.submodels(state, everybody, Roster(everybody, self.clients, devices.slowness, devices.capacity))
+
+    def _full_seconds(self) -> FloatArray:
+        """What a report of the full model takes each client, of its own data."""
+        population, layout, rows = self.fleet.population, self.recommender.layout, self.settings.rows
+        objective = replace(self.strategy.objective, distillation=None)
+        loads = [
+            workload(
+                layout, Submodel.full(layout), objective, Codec(rows=rows), examples=float(examples), listed=0,
+                rows=int(touched) if rows == "touched" else population.items, items=population.items,
+            )
+            for examples, touched in zip(
+                population.examples_of_client(objective), population.rows_of_client(objective), strict=True
+            )
+        ]  # fmt: skip
+        flops, down, up = (np.array([getattr(load, name) for load in loads], float) for name in ("training", "down", "up"))
         everybody = np.arange(self.clients)
-        return self.strategy.submodels(state, everybody, Roster(everybody, self.clients, self.fleet.devices.slowness))
+        costs = replace(self.fleet.devices, noise=0.0).costs(
+            everybody, everybody.tolist(), flops, down, up, [load.parameters for load in loads]
+        )
+        return np.array([cost.seconds.total for cost in costs])
 
     def _slow_users(self) -> np.ndarray:
         """Users of the slowest quarter of all devices (ties with the limit included); bool `[users]`."""
@@ -173,7 +207,35 @@ def prepare(settings: Settings, split: Split, trainer: Trainer | None = None) ->
         fleet = VirtualFleet(recommender, population, devices, trainer=trainer, workload=settings.workload)
     state = ServerState(model, recommender.layout, seed)
     strategy = strategy_of(settings, arguments)
+    check_memory(strategy, state, devices)
     return Simulation(settings, split, strategy, recommender, fleet, population.copy(), state, client_of_user)
+
+
+def check_memory(strategy: Strategy, state: ServerState, devices: DeviceTable) -> None:
+    """See that no device is given more of the model than its memory holds.
+
+    Raises:
+        ConfigError: the strategy gives everybody the whole model, or no model is as small.
+    """
+    if devices.capacity is None:
+        return
+    layout, rate, client = state.layout, float(devices.capacity.min()), int(devices.capacity.argmin())
+    if rate < layout.smallest_rate:
+        raise ConfigError(f"memory_rate is {rate:g}; the smallest rate for this model is {layout.smallest_rate:g}")
+    held, room = strategy.carve(strategy.begun(state), client, rate).widths, layout.widths(rate)
+    for axis, most in room.items():
+        if held[axis] > most:
+            raise ConfigError(
+                f"strategy {strategy.name} has devices hold {held[axis]} of {layout.axes[axis].size} units of "
+                f'"{axis}", and memory_rate {rate:g} leaves room for {most}: windows and masks do not make a model smaller; '
+                "take one that cuts units off, as heterofl and adaptcl do, or set memory_limited to 0"
+            )
+    taught = strategy.objective.distillation
+    if taught is not None and taught.teacher == "local":
+        raise ConfigError(
+            f'strategy {strategy.name} has the whole model teach on the device (teacher "local"), and memory_rate {rate:g} '
+            f'leaves no room for it; set distillation.teacher to "sent" or "past", or memory_limited to 0'
+        )
 
 
 def devices_of(settings: Settings, population: Population, recommender: Recommender, objective: Objective) -> DeviceTable:
@@ -197,6 +259,7 @@ def devices_of(settings: Settings, population: Population, recommender: Recommen
             table = phones(clients, average_report, seed=settings.seed)
         case "named":
             table = named(settings.mix, clients, average_report, seed=settings.seed)
+    table = limited(table, settings.memory_limited, settings.memory_rate, who=settings.memory_who, seed=settings.seed)
     return disturbed(table, noise=settings.noise, availability=settings.availability, dropout=settings.dropout)
 
 

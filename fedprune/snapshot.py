@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
+from fedprune import distill
+from fedprune.codec import Codec
 from fedprune.exchange import Cost, Order, Split
 from fedprune.fleet import VirtualFleet
 from fedprune.fleet.virtual import Job
+from fedprune.objective import Objective
 from fedprune.population import MOMENTS, Population
 from fedprune.record import Snapshot
 from fedprune.strategy import ServerState, Strategy
@@ -26,16 +30,25 @@ def snapshot(state: ServerState, fleet: VirtualFleet, listeners: Population) -> 
             tensors |= {f"{whose}.{part}/{n}": t for n, t in getattr(population.private, part).items()}
         tensors[f"{whose}.steps"] = population.private.steps
     submodels: dict[bytes, int] = {}
+    told: dict[tuple[Objective, Codec], int] = {}
     for job in jobs:
         order = job.order
-        if order.version != state.version:
-            tensors |= {f"version.{order.version}/{n}": t for n, t in order.model.items()}
+        told.setdefault((order.objective, order.codec), len(told))
+        if (version := order.version - order.age) != state.version:
+            tensors |= {f"version.{version}/{n}": t for n, t in order.model.items()}
+        if order.rest is not None:
+            version = order.version - order.version % order.codec.refresh
+            tensors |= {f"version.{version}/{n}": t for n, t in order.rest.items()}
         if order.submodel.key not in submodels:
             number = submodels[order.submodel.key] = len(submodels)
             for kind in ("held", "trained", "entries"):
                 units = getattr(order.submodel, kind)
                 tensors |= {f"submodel.{number}.{kind}/{a}": torch.from_numpy(u.copy()) for a, u in units.items()}
-    return Snapshot(tensors, {"clock": clock, "jobs": [_to_json(job, submodels[job.order.submodel.key]) for job in jobs]})
+    entries = [
+        _to_json(job, submodels[job.order.submodel.key]) | {"told": told[job.order.objective, job.order.codec]} for job in jobs
+    ]
+    written = [{"objective": asdict(objective), "codec": asdict(codec)} for objective, codec in told]
+    return Snapshot(tensors, {"clock": clock, "jobs": entries, "told": written})
 
 
 def restore(kept: Snapshot, state: ServerState, fleet: VirtualFleet, listeners: Population, strategy: Strategy) -> None:
@@ -48,11 +61,12 @@ def restore(kept: Snapshot, state: ServerState, fleet: VirtualFleet, listeners: 
         for part in MOMENTS:
             getattr(population.private, part).update(group(f"{whose}.{part}"))
         population.private.steps.copy_(kept.tensors[f"{whose}.steps"])
-    models = {state.version: state.model}
+    models: dict[int, Tensors] = {state.version: state.model}
+    told = [(objective_of(entry["objective"]), Codec(**entry["codec"])) for entry in kept.about["told"]]
     submodels: dict[int, Submodel] = {}
     jobs = []
     for entry in kept.about["jobs"]:
-        number, version = entry["submodel"], entry["version"]
+        number, versions = entry["submodel"], {entry["version"] - entry["age"], entry["rest"]} - {None}
         if number not in submodels:
             held, trained, entries = (
                 {a: t.numpy() for a, t in group(f"submodel.{number}.{k}").items()} for k in ("held", "trained", "entries")
@@ -60,10 +74,16 @@ def restore(kept: Snapshot, state: ServerState, fleet: VirtualFleet, listeners: 
             submodels[number] = replace(
                 Submodel.checked(state.layout, held, trained, entries), through=bool(entries) and strategy.entries.through
             )
-        if version not in models:
-            models[version] = group(f"version.{version}")
-        jobs.append(_from_json(entry, submodels[number], models[version], strategy, state.seed))
+        models |= {version: group(f"version.{version}") for version in versions - set(models)}
+        jobs.append(_from_json(entry, submodels[number], models, strategy, state.seed, told))
     fleet.restore(kept.about["clock"], jobs)
+
+
+def objective_of(values: Mapping[str, Any]) -> Objective:
+    """An objective from its JSON."""
+    taught = values["distillation"]
+    distillation = None if taught is None else distill.from_settings(taught)
+    return Objective(**{**values, "betas": tuple(values["betas"]), "distillation": distillation})
 
 
 def _to_json(job: Job, submodel: int) -> dict[str, Any]:
@@ -74,21 +94,34 @@ def _to_json(job: Job, submodel: int) -> dict[str, Any]:
         "version": order.version,
         "rate": order.rate,
         "submodel": submodel,
+        "refill": order.refill,
+        "age": order.age,
+        "rest": None if order.rest is None else order.version - order.version % order.codec.refresh,
+        "cached": order.cached,
         "arrives": job.arrives,
         "work": job.work,
         "vanishes": job.vanishes,
         "wanted": job.wanted,
         "seconds": asdict(cost.seconds),
         "joules": None if cost.joules is None else asdict(cost.joules),
-        "rest": [cost.bytes_down, cost.bytes_up, cost.flops, cost.parameters, cost.watts_waiting, cost.source],
+        "cost": [cost.bytes_down, cost.bytes_up, cost.flops, cost.parameters, cost.watts_waiting, cost.source],
     }
 
 
-def _from_json(entry: dict[str, Any], submodel: Submodel, model: Tensors, strategy: Strategy, seed: int) -> Job:
+def _from_json(
+    entry: dict[str, Any],
+    submodel: Submodel,
+    models: Mapping[int, Tensors],
+    strategy: Strategy,
+    seed: int,
+    told: Sequence[tuple[Objective, Codec]],
+) -> Job:
+    objective, codec = told[entry["told"]]
     order = Order(
-        entry["ticket"], entry["client"], entry["version"], entry["rate"], submodel,
-        strategy.told, strategy.codec.rows, model, seed, strategy.gather.expires,
+        entry["ticket"], entry["client"], entry["version"], entry["rate"], submodel, objective, codec,
+        models[entry["version"] - entry["age"]], seed, strategy.gather.expires, entry["refill"], entry["age"],
+        None if entry["rest"] is None else models[entry["rest"]], entry["cached"],
     )  # fmt: skip
     joules = None if entry["joules"] is None else Split(**entry["joules"])
-    cost = Cost(Split(**entry["seconds"]), joules, *entry["rest"])
+    cost = Cost(Split(**entry["seconds"]), joules, *entry["cost"])
     return Job(order, entry["arrives"], cost, entry["work"], entry["vanishes"], entry["wanted"])

@@ -1,13 +1,13 @@
-"""A federated algorithm is eight answers; `one_round` asks them. Read this file first.
+"""A federated algorithm is nine answers; `one_round` asks them. Read this file first.
 
 A round under stragglers: choose clients, decide how much of the model each of them gets, cut that much out of it, send it,
-wait as long as it makes sense, merge what came back, and learn from it. Every published strategy answers the same eight
+wait as long as it makes sense, merge what came back, and learn from it. Every published strategy answers the same nine
 questions differently, so a strategy is a frozen value, and the catalog is a list of such values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -22,19 +22,25 @@ from fedprune.merge import Merge
 from fedprune.objective import Objective
 from fedprune.pruning import Leading, Pruning
 from fedprune.random import stream
-from fedprune.rates import Fixed, RateLearner
+from fedprune.rates import Fixed, Offer, RateLearner
 from fedprune.selection import Selector, Uniform
+from fedprune.spending import Plan, Spending, Width
 from fedprune.submodel import Submodel
-from fedprune.types import ClientId, IntArray, Memory, Rate, Seconds, Tensors, Ticket, Version
+from fedprune.types import ClientId, FloatArray, IntArray, Memory, Rate, Seconds, Tensors, Ticket, Version
+from fedprune.workload import shares
+
+LEVELS = 33
+"""Rates that an offer is computed at; between them it is linear."""
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """The eight answers. The defaults are FedAvg: everybody, everything, and wait."""
+    """The nine answers. The defaults are FedAvg: everybody, everything, and wait."""
 
     name: str = "fedavg"
     selector: Selector = field(default_factory=Uniform)  #      who trains next?
     rates: RateLearner = field(default_factory=Fixed)  #        how much of the model does each get?
+    spending: Spending = field(default_factory=Width)  #        what is that share of the time spent on?
     pruning: Pruning = field(default_factory=Leading)  #        which units make up that much?
     entries: Entries = field(default_factory=All)  #            which of their entries are there?
     objective: Objective = field(default_factory=Objective)  #  what does a client minimise?
@@ -49,9 +55,47 @@ class Strategy:
 
     def submodels(self, state: ServerState, clients: IntArray, roster: Roster) -> list[Submodel]:
         """What each of these clients' devices would hold if it were asked now; users are served with that."""
-        rates = self.rates.propose(state.rates, clients, roster, state.layout.smallest_rate).tolist()
         state = self.begun(state)
-        return [self.carve(state, client, rate) for client, rate in zip(clients.tolist(), rates, strict=True)]
+        _, plans = self.planned(state, clients, roster)
+        return [self.carve(state, client, plan.rate) for client, plan in zip(clients.tolist(), plans, strict=True)]
+
+    def planned(self, state: ServerState, clients: IntArray, roster: Roster) -> tuple[FloatArray, list[Plan]]:
+        """These clients' budgets, and what they are spent on; nobody gets more of the model than fits into its memory."""
+        budgets = self.rates.propose(state.rates, clients, roster, self.offer(state))
+        forecast = self.rates.forecast(state.rates, roster.population)
+        periods, seconds = np.ones(len(clients)), state.spending.get("seconds")
+        if forecast is not None and forecast.target is not None:
+            own = (forecast.seconds[clients] * self.offer(state).at(budgets)).sum(1)
+            periods = np.nan_to_num(np.maximum(own / forecast.target, 1.0), nan=1.0)
+        plans = [
+            self.spending.plan(budget, period, None if seconds is None else seconds[client], self.told, self.codec)
+            for client, budget, period in zip(clients.tolist(), budgets.tolist(), periods.tolist(), strict=True)
+        ]
+        if roster.capacity is not None:
+            fits = np.maximum(roster.capacity[clients], state.layout.smallest_rate).tolist()
+            plans = [p if p.rate <= most else replace(p, rate=most) for p, most in zip(plans, fits, strict=True)]
+            budgets = np.minimum(budgets, fits)  # what the learner will hear the time of
+        return budgets, plans
+
+    def offer(self, state: ServerState) -> Offer:
+        """What there is to choose from, and what it costs; units alone, since masks of entries save no time."""
+        if state.layout not in self._offers:
+            smallest = state.layout.smallest_rate
+            rates = np.linspace(smallest, 1.0, LEVELS) if smallest < 1 else np.ones(1)
+            plans = [self.spending.plan(rate, 1.0, None, self.told, self.codec) for rate in rates.tolist()]
+            memory = self.begun(state).pruning
+            submodels = [self.pruning.carve(memory, state.layout, 0, 0, plan.rate) for plan in plans]
+            self._offers[state.layout] = Offer(rates, shares(state.layout, plans, submodels))
+        return self._offers[state.layout]
+
+    @cached_property
+    def _offers(self) -> dict[Layout, Offer]:
+        return {}
+
+    def target(self, state: ServerState) -> Seconds | None:
+        """After how long a round should be over, if the rate learner knows that."""
+        forecast = self.rates.forecast(state.rates, 0) if state.rates else None
+        return None if forecast is None else forecast.target
 
     def begun(self, state: ServerState) -> ServerState:
         """The server with its first masks drawn, if nothing was ever asked."""
@@ -65,7 +109,12 @@ class Strategy:
 
 @dataclass(frozen=True)
 class ServerState:
-    """Everything the server knows between two rounds: the model, and what each part of the strategy remembers."""
+    """Everything the server knows between two rounds: the model, and what each part of the strategy remembers.
+
+    Attributes:
+        cached: of which version each client has a copy, where downloads are cached (`Codec.refresh`).
+        base: the model of that version.
+    """
 
     model: Tensors
     layout: Layout
@@ -75,8 +124,11 @@ class ServerState:
     optimiser: Tensors = field(default_factory=dict)
     selection: Memory = field(default_factory=dict)
     rates: Memory = field(default_factory=dict)
+    spending: Memory = field(default_factory=dict)
     pruning: Memory = field(default_factory=dict)
     entries: Memory = field(default_factory=dict)
+    cached: Memory = field(default_factory=dict)
+    base: Tensors = field(default_factory=dict)
 
     def chance(self, purpose: str) -> np.random.Generator:
         """Random numbers of this version, for one purpose."""
@@ -111,8 +163,11 @@ def one_round(strategy: Strategy, state: ServerState, fleet: Fleet) -> tuple[Ser
     orders = ask(strategy, state, roster)
 
     fleet.send(orders)
-    arrived, lost = strategy.gather(fleet, orders)
-    reports = [arrival(report, state.version, fleet.now()) for report in arrived]
+    spared = len(roster.clients) - len(orders)
+    refill = Refill(strategy, state, fleet, orders)
+    arrived, lost = strategy.gather(fleet, orders, strategy.target(state), refill)
+    spared /= max(1, len(orders))
+    reports = [arrival(report, state.version, refill.until(report), spared) for report in arrived]
 
     after = learn(strategy, state, orders, reports, lost, roster.population)
     facts = strategy.entries.facts(after.entries)
@@ -124,35 +179,87 @@ def prepared(strategy: Strategy, state: ServerState) -> ServerState:
     pruning = strategy.pruning.prepare(state.pruning, state.model, state.layout)
     entries, model = strategy.entries.prepare(state.entries, state.model, state.layout, state.version)
     optimiser = state.optimiser if model is state.model else {}  # its moments are of another model
-    return replace(state, pruning=pruning, entries=entries, model=model, optimiser=optimiser)
+    fresh = strategy.codec.refresh > 1 and state.version % strategy.codec.refresh == 0
+    base = model if fresh else state.base
+    return replace(state, pruning=pruning, entries=entries, model=model, optimiser=optimiser, base=base)
 
 
-def ask(strategy: Strategy, state: ServerState, roster: Roster) -> list[Order]:
-    """The first half of a round: who is to train what."""
-    clients = strategy.selector.choose(state.selection, roster, state.chance("choose")).tolist()
-    rates = strategy.rates.propose(state.rates, np.array(clients, int), roster, state.layout.smallest_rate).tolist()
-    return [
+def ask(strategy: Strategy, state: ServerState, roster: Roster, before: int = 0) -> list[Order]:
+    """The first half of a round: who is to train what.
+
+    Args:
+        before: orders that this round has sent already, to whom it found idle then.
+    """
+    rng = state.chance(f"choose {before}" if before else "choose")
+    clients = strategy.selector.choose(state.selection, roster, rng)
+    budgets, plans = strategy.planned(state, clients, roster)
+    orders = [
         Order(
-            ticket=state.ticket + number,
+            ticket=state.ticket + before + number,
             client=client,
             version=state.version,
-            rate=rate,
-            submodel=strategy.carve(state, client, rate),
-            objective=strategy.told,
-            rows=strategy.codec.rows,
+            rate=budget,
+            submodel=strategy.carve(state, client, plan.rate),
+            objective=plan.objective,
+            codec=plan.codec,
             model=state.model,
             seed=state.seed,
             expires=strategy.gather.expires,
+            refill=before > 0,
         )
-        for number, (client, rate) in enumerate(zip(clients, rates, strict=True))
+        for number, (client, budget, plan) in enumerate(zip(clients.tolist(), budgets.tolist(), plans, strict=True))
     ]
+    return [from_cache(order, state) for order in orders] if state.base else orders
+
+
+def from_cache(order: Order, state: ServerState) -> Order:
+    """The same order for a client that works with an earlier version, as far as it does not train a window of it."""
+    age = state.version % order.codec.refresh
+    has = bool(state.cached and state.cached["version"][order.client] == state.version - age)
+    if order.submodel.is_window:
+        return replace(order, rest=state.base, cached=has)
+    return replace(order, model=state.base, age=age, cached=has)
+
+
+@dataclass
+class Refill:
+    """Orders in the middle of a round, for who has become free; nobody trains on one version twice.
+
+    Attributes:
+        orders: of this round; new ones are added.
+        sent: when each of the new ones was, by client.
+    """
+
+    strategy: Strategy
+    state: ServerState
+    fleet: Fleet
+    orders: list[Order]
+    sent: dict[ClientId, Seconds] = field(default_factory=dict)
+
+    def __call__(self, lost: Sequence[Lost]) -> list[Order]:
+        """Ask again, `lost` being who has vanished in this round so far."""
+        roster = self.fleet.idle()
+        fresh = ~np.isin(roster.clients, [order.client for order in self.orders])
+        if not fresh.any():
+            return []
+        state = replace(self.state, cached=copies(self.state.cached, [], lost, roster.population))
+        new = ask(self.strategy, state, replace(roster, clients=roster.clients[fresh]), len(self.orders))
+        self.fleet.send(new)
+        self.orders.extend(new)
+        self.sent |= {order.client: self.fleet.now() for order in new}
+        return new
+
+    def until(self, report: Report) -> Seconds:
+        """When a report's client got its next order, or now."""
+        asked = report.order.version < self.state.version  # who had one of this round was not asked again
+        return self.sent.get(report.order.client, self.fleet.now()) if asked else self.fleet.now()
 
 
 def learn(
     strategy: Strategy, state: ServerState, orders: list[Order], reports: list[Report], lost: list[Lost], population: int
 ) -> ServerState:
     """The second half: the next model, and what the parts make of the reports."""
-    model, optimiser = strategy.merge(state.model, state.optimiser, state.layout, reports)
+    model, optimiser = strategy.merge(state.model, state.optimiser, state.layout, reports, population)
 
     def mean() -> Tensors:
         return {name: update for name, (update, _) in strategy.merge.means(state.model, state.layout, reports).items()}
@@ -164,11 +271,33 @@ def learn(
         ticket=state.ticket + len(orders),
         optimiser=optimiser,
         selection=strategy.selector.learn(state.selection, reports, lost),
-        rates=strategy.rates.learn(state.rates, reports, lost, population),
+        rates=strategy.rates.learn(state.rates, reports, lost, population, strategy.offer(state)),
+        spending=strategy.spending.learn(state.spending, reports, population),
         entries=strategy.entries.learn(state.entries, state.model, state.layout, reports, mean),
+        cached=copies(state.cached, orders, lost, population),
     )
 
 
-def arrival(report: Report, version: Version, merged: Seconds) -> Report:
-    """A report with what only the merge knows: how stale it is, and how long its client has waited for the others."""
-    return replace(report, staleness=version - report.order.version, waited=max(0.0, merged - report.finished))
+def copies(cached: Memory, orders: Sequence[Order], lost: Sequence[Lost], population: int) -> Memory:
+    """Of which version each client has a copy after a round, where downloads are cached; who vanished has none."""
+    if all(order.codec.refresh == 1 for order in orders) and (orders or not cached):
+        return cached
+    version = cached["version"].copy() if cached else np.full(population, -1)
+    gone = {event.order.ticket: event.order.client for event in lost if event.reason != "too late"}
+    version[list(gone.values())] = -1
+    for order in orders:
+        if order.ticket not in gone:
+            version[order.client] = order.version - order.version % order.codec.refresh
+    return {"version": version}
+
+
+def arrival(report: Report, version: Version, busy: Seconds, spared: float = 0.0) -> Report:
+    """A report with what only the merge knows: how stale it is, and how long its client has waited for the others.
+
+    Args:
+        busy: when the client got its next order, or the round's end.
+        spared: clients that could have been asked when the round began and were not, per client that was.
+    """
+    since = version - report.order.version
+    period = max(1, since + (not report.order.refill)) + spared
+    return replace(report, staleness=since + report.order.age, period=period, waited=max(0.0, busy - report.finished))

@@ -16,6 +16,7 @@ from fedprune.objective import Objective
 from fedprune.population import Examples, Private
 from fedprune.random import PRIORITIES, priorities
 from fedprune.recommenders import Recommender
+from fedprune.sparse import held_widths, slope
 from fedprune.submodel import Submodel, positions, there
 from fedprune.types import Tensors
 
@@ -63,18 +64,25 @@ def train(
     layout = recommender.layout
     update: Tensors = {}
     first_loss = torch.zeros(0)
+    widths = held_widths(layout, dict(received) | private.values) if objective.sparse else {}
     for epoch in range(objective.epochs):
         for part in _batches(examples, objective.batch, key, epoch):
             current = {n: t + update[n] if n in update else t for n, t in received.items()}
             loss, gradient, of_private = step.gradients(current, private, part)
             if not len(first_loss):
                 first_loss = loss / part.count.clamp(min=1)
+            at_work = part.heard.any(1).float()  # who has run out of examples takes no step, not even back
+            small: Tensors = {}
+            if objective.sparse:
+                scored = {n: t * seen[n] if n in seen else t for n, t in current.items()}
+                small = slope(layout, widths, scored, part.present, objective.sparse_by)
             for name, change in gradient.items():
                 if layout.kind(name) == "shared":
                     change = change / _like(part.count.clamp(min=1), change)
                 if objective.proximal and name in update:
-                    at_work = part.heard.any(1).float()  # who has run out of examples takes no step, not even back
                     change = change + objective.proximal * _like(at_work, change) * update[name]
+                if name in small:
+                    change = change + objective.sparse * _like(at_work, change) * small[name]
                 if name in trained:
                     change = change * trained[name]
                 update[name] = update[name] - objective.lr * change if name in update else change.mul_(-objective.lr)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from fedprune.axes import BYTES_PER_ENTRY, Layout
-from fedprune.codec import sizes
+from fedprune.codec import Codec, sizes
+from fedprune.exchange import PARTS
 from fedprune.objective import Objective
+from fedprune.spending import Plan
 from fedprune.submodel import Submodel
-from fedprune.types import Bytes
+from fedprune.types import Bytes, FloatArray
 
 ITEM_BYTES = 4
 """An item number on a list that travels."""
@@ -33,15 +38,27 @@ class Workload:
 
 
 def workload(
-    layout: Layout, submodel: Submodel, objective: Objective, *, examples: float, listed: int, rows: int, items: int
+    layout: Layout,
+    submodel: Submodel,
+    objective: Objective,
+    codec: Codec,
+    *,
+    examples: float,
+    listed: int,
+    rows: int,
+    items: int,
+    cached: bool = False,
 ) -> Workload:
     """Of a client with so many examples, so many further items on its teacher's lists, and so many item rows that travel.
 
     A teacher scores each example once per order. To list items, the device's own teacher scores the whole catalogue for each
     of its users, of which there are listed / top. A narrower self is one more forward and backward pass at its width, a gate
-    one more forward pass.
+    one more forward pass. Who caches the model for orders to come downloads all its rows, whichever it needs now.
+
+    Args:
+        cached: the client has the model already, or all of it but what it trains.
     """
-    each, teacher, moved = _per_example(layout, submodel, objective), 0.0, sizes(layout, submodel, rows)
+    each, teacher, moved = _per_example(layout, submodel, objective), 0.0, sizes(layout, submodel, rows, codec)
     taught, down, distillation = examples + listed, moved.down, objective.distillation
     if distillation is not None:
         full = layout.work(layout.full, layout.full).forward
@@ -49,15 +66,35 @@ def workload(
         match distillation.teacher:
             case "local":
                 table = items if distillation.top else rows  # whoever lists items needs them all
-                teacher, down = scored * full, layout.bytes(layout.full, table) + moved.masks
+                teacher, down = scored * full, sizes(layout, Submodel.full(layout), table, codec).down + moved.masks
             case "past":
                 teacher = examples * layout.work(submodel.widths, submodel.widths).forward
             case "sent":
                 down += round(BYTES_PER_ENTRY * taught + ITEM_BYTES * listed)
             case "given":
                 teacher = scored * full
+    if codec.refresh > 1:
+        window = sizes(layout, Submodel(submodel.trained), rows, codec).down if submodel.is_window else 0
+        model = window + moved.masks if cached else sizes(layout, submodel, items, codec).down
+        down += model - moved.down
     judged = examples * layout.work(submodel.widths, submodel.widths).forward if objective.gate else 0.0
     return Workload(each * taught + judged, teacher, down, moved.up, moved.parameters)
+
+
+def shares(layout: Layout, plans: Sequence[Plan], submodels: Sequence[Submodel]) -> FloatArray:
+    """What each plan costs beside the last one, `[plans, parts]` (`exchange.PARTS`), for a client with 100 positives."""
+    costs = []
+    for plan, submodel in zip(plans, submodels, strict=True):
+        examples, distillation = 100 * (1 + plan.objective.negatives), plan.objective.distillation
+        load = workload(
+            layout, submodel, plan.objective, plan.codec, examples=examples, items=layout.items,
+            rows=min(examples, layout.items) if plan.codec.rows == "touched" else layout.items,
+            listed=0 if distillation is None else distillation.top,
+        )  # fmt: skip
+        cost = {"download": load.down, "loading": 1, "teacher": load.teacher, "training": load.training, "upload": load.up}
+        costs.append([cost[part] for part in PARTS])
+    table = np.array(costs, float)
+    return table / np.where(table[-1] > 0, table[-1], 1.0)
 
 
 @lru_cache(maxsize=8192)

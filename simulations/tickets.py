@@ -28,6 +28,7 @@ from fedprune.config import Settings, read
 from fedprune.entries import All, Entries, Feedback
 from fedprune.exchange import Lost, Report, Roster
 from fedprune.pruning import Whole
+from fedprune.rates import Forecast, Offer
 from fedprune.record import RunRecord
 from fedprune.simulation import prepare, read_data, run
 from fedprune.strategy import one_round
@@ -137,13 +138,17 @@ class Quarter:
 
     keep: Rate
 
-    def propose(self, memory: Memory, clients: IntArray, roster: Roster, smallest: Rate) -> FloatArray:
+    def propose(self, memory: Memory, clients: IntArray, roster: Roster, offer: Offer) -> FloatArray:
         """By number."""
         return np.where(clients % 4 == 0, 1.0, self.keep)
 
-    def learn(self, memory: Memory, reports: Sequence[Report], lost: Sequence[Lost], population: int) -> Memory:
+    def learn(self, memory: Memory, reports: Sequence[Report], lost: Sequence[Lost], population: int, offer: Offer) -> Memory:
         """Nothing."""
         return memory
+
+    def forecast(self, memory: Memory, population: int) -> Forecast | None:
+        """Nothing."""
+        return None
 
 
 WAYS: dict[str, Entries] = {

@@ -87,7 +87,7 @@ class FlowerWorld:
         """An order for the whole model."""
         submodel = self.strategy.submodels(self.state, np.array([client]), self.fleet.idle())[0]
         order = Order(
-            ticket, client, self.state.version, 1.0, submodel, self.strategy.objective, self.strategy.codec.rows,
+            ticket, client, self.state.version, 1.0, submodel, self.strategy.objective, self.strategy.codec,
             self.state.model, self.state.seed, self.strategy.gather.expires,
         )  # fmt: skip
         return replace(order, **changes)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fedprune.axes import Layout
+from fedprune.codec import Codec
 from fedprune.exchange import Cost, Order, Report, Split, Updates
 from fedprune.objective import Objective
 from fedprune.submodel import Submodel
@@ -28,9 +29,9 @@ def report(
 ) -> Report:
     """A report of which only what the caller says matters."""
     submodel = updates.submodels[position] if updates.submodels else Submodel({})
-    order = Order(ticket, client, 0, rate, submodel, Objective(), "table", {}, 0)
+    order = Order(ticket, client, 0, rate, submodel, Objective(), Codec(), {}, 0)
     cost = Cost(Split(0.0, seconds, 0.0, 0.0), None, 0, 0, 0.0, 0)
-    return Report(order, updates, position, examples, 0.0, cost, finished=seconds, staleness=staleness)
+    return Report(order, updates, position, examples, 0.0, cost, finished=seconds, staleness=staleness, period=1 + staleness)
 
 
 def alone(

@@ -96,9 +96,13 @@ def test_every_strategys_settings_have_types(tmp_path: Path):
         for key, kind in get_type_hints(row).items():
             if key == "return":
                 continue
-            word = "true or false" if kind is bool else "a whole number" if "int" in str(kind) else "a number"
-            with pytest.raises(ConfigError, match=f"strategy {name}: {key} is 'abc'; it must be {word}"):
-                catalog.build(name, **plain.tables.get(name, {}) | {key: "abc"})
+            wrong = 3.5 if kind is str else "abc"
+            word = {bool: "true or false", str: "a text"}.get(kind, "a whole number" if "int" in str(kind) else "a number")
+            with pytest.raises(ConfigError, match=f"strategy {name}: {key} is {wrong!r}; it must be {word}"):
+                catalog.build(name, **plain.tables.get(name, {}) | {key: wrong})
+            if kind is str:  # any text is one, and which there are is for the part itself to say
+                with pytest.raises(ConfigError, match=f'{key} "abc"; it is .* or '):
+                    catalog.build(name, **plain.tables.get(name, {}) | {key: "abc"})
     assert catalog.build("dpf", keep=1, until=None, every=np.int64(3)).entries == Feedback(1, every=3)
     for key, value in (("taught", 1), ("every", 2.5), ("keep", True), ("keep", None), ("keep", [0.5])):
         with pytest.raises(ConfigError, match=f"strategy lth_sad: {key} is "):

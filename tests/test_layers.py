@@ -14,8 +14,10 @@ PACKAGE = ROOT / "fedprune"
 LAYERS = [
     "types errors random",
     "axes submodel",
-    "recommenders data distill objective exchange devices energy metrics ranking evaluation baselines warmstart",
-    "selection rates pruning entries codec gather merge",
+    "recommenders data distill objective sparse codec precision thinning "
+    "exchange devices energy metrics ranking evaluation "
+    "baselines warmstart",
+    "selection rates spending pruning entries gather merge",
     "strategy catalog population training teaching serving workload",
     "fleet",
     "config record experiment snapshot simulation report export compress",

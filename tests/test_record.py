@@ -16,6 +16,7 @@ import torch
 from files import settings
 from reports import NOTHING
 
+from fedprune.codec import Codec
 from fedprune.config import read
 from fedprune.errors import RecordError
 from fedprune.exchange import Cost, Order, Report, Split
@@ -148,7 +149,7 @@ def test_ledger_and_events_agree(tmp_path: Path) -> None:
 def test_joules_above_idle_are_those_of_the_measured_parts() -> None:
     seconds, joules = Split(1.0, 2.0, 0.0, 3.0, 4.0), Split(math.nan, 50.0, 0.0, math.nan, 30.0)
     measured = Cost(seconds, joules, 1, 1, 0.0, 0, watts_waiting=5.0, source="measured")
-    order = Order(0, 0, 0, 1.0, Submodel({}), Objective(), "table", {}, 0)
+    order = Order(0, 0, 0, 1.0, Submodel({}), Objective(), Codec(), {}, 0)
     unknown = dataclasses.replace(measured, joules=None)
     reports = [Report(order, NOTHING, 0, 1, 0.0, cost, 10.0) for cost in (measured, unknown)]
     rows = ledger_rows(Round(0, 0.0, 10.0, (order,), tuple(reports), ()))

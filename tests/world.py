@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import torch
 
+from fedprune.codec import Codec
 from fedprune.data import Interactions, Split, leave_one_out
 from fedprune.data.interactions import arrange
 from fedprune.devices import DeviceTable, FullReport, disturbed, linear
@@ -156,7 +157,7 @@ def order(here: World, client: int, ticket: int, *, submodel: Submodel | None = 
         rate=1.0,
         submodel=submodel or Submodel.full(here.state.layout),
         objective=Objective(**settings),
-        rows="table",
+        codec=Codec(),
         model=here.state.model,
         seed=here.state.seed,
     )

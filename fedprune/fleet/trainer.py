@@ -13,13 +13,15 @@ from fedprune.axes import Layout
 from fedprune.errors import FleetError
 from fedprune.exchange import Order, Updates
 from fedprune.objective import Objective
-from fedprune.population import STACK, Lister, Population, Private, private_columns
+from fedprune.population import STACK, Examples, Lister, Population, Private, private_columns
+from fedprune.precision import Rounded, nearest, stochastic
 from fedprune.random import keys
 from fedprune.recommenders import Recommender
 from fedprune.submodel import Submodel, extract
 from fedprune.teaching import Teacher, gates
+from fedprune.thinning import thinned
 from fedprune.training import entry_masks, masks, narrower, received, train
-from fedprune.types import IntArray, Tensors
+from fedprune.types import IntArray, Tensors, Ticket
 
 
 @dataclass(frozen=True)
@@ -58,21 +60,42 @@ Trainer = Callable[[Recommender, Population, Sequence[Order], Sequence[float]], 
 
 
 Cut = Callable[[Order, Layout], Tensors]
-"""Where an order's cut model comes from."""
+"""What an order's client receives: the units that it holds, or the whole model where that is to teach (`teaches`)."""
 
 
 Watch = Callable[[], AbstractContextManager[object]]
 """Entered whenever the teacher is at work, for whoever measures its time apart from the training's."""
 
 
+CUTS = 8
+"""Cuts that are remembered: one for each of the usual rates."""
+
+
 def cut_here(order: Order, layout: Layout) -> Tensors:
-    """Out of the full model, in this process."""
-    return extract(order.model, layout, order.submodel.units)
+    """Cut in this process, and rounded as on its way."""
+    cut = order.model if teaches(order.objective) else extract(order.model, layout, order.submodel.units)
+    return nearest(layout, cut).tensors if order.codec.precision == "int8" else cut
 
 
 def cut_already(order: Order, layout: Layout) -> Tensors:
-    """By the server: the order holds what its client received, which is the whole model where that is to teach."""
-    return cut_here(order, layout) if teaches(order.objective) else order.model
+    """Cut by the server: the order holds what its client received."""
+    return order.model
+
+
+def once_each(cut: Cut) -> Cut:
+    """The same for all orders to which the same goes, for as long as somebody holds on to their models."""
+    known: dict[tuple, Tensors] = {}
+
+    def remembered(order: Order, layout: Layout) -> Tensors:
+        what = b"" if teaches(order.objective) else order.submodel.units_key
+        key = id(order.model), what, order.codec.precision
+        if key not in known:
+            if len(known) == CUTS:
+                del known[next(iter(known))]
+            known[key] = cut(order, layout)
+        return known[key]
+
+    return remembered
 
 
 def one_by_one(
@@ -84,7 +107,7 @@ def one_by_one(
     watch: Watch = nullcontext,
 ) -> list[Result]:
     """The reference: every client on its own."""
-    pairs = zip(orders, work, strict=True)
+    cut, pairs = once_each(cut), zip(orders, work, strict=True)
     return [_train_stack(recommender, population, [order], [share], cut, watch)[0] for order, share in pairs]
 
 
@@ -105,15 +128,17 @@ class Stacked:
         """Group by what is held, sort by examples (little padding then), cut into stacks."""
         groups: dict[tuple, list[int]] = {}
         for place, order in enumerate(orders):
-            alike = id(order.model), order.version, order.submodel.units_key, order.submodel.through, id(order.objective)
+            what = order.submodel
+            alike = id(order.model), id(order.rest), order.version, what.units_key, what.through, order.objective, order.codec
             groups.setdefault(alike, []).append(place)
         results: list[Result | None] = [None] * len(orders)
+        cut = once_each(self.cut)
         for places in groups.values():
             clients = [orders[place].client for place in places]
             for members in population.stacks(clients, orders[places[0]].objective, self.examples):
                 stack = [places[member] for member in members]
                 own, shares = [orders[p] for p in stack], [work[p] for p in stack]
-                trained = _train_stack(recommender, population, own, shares, self.cut)
+                trained = _train_stack(recommender, population, own, shares, cut)
                 for place, result in zip(stack, trained, strict=True):
                     results[place] = result
         return [result for result in results if result is not None]
@@ -124,15 +149,18 @@ def teaches(objective: Objective) -> bool:
     return objective.distillation is not None and objective.distillation.teacher in ("local", "sent")
 
 
-def _teacher(recommender: Recommender, population: Population, order: Order) -> Teacher | None:
+def _teacher(recommender: Recommender, population: Population, order: Order, arrived: Tensors) -> Teacher | None:
     """A whole model that teaches; None without one (the client's past self is known when its cut is).
+
+    Args:
+        arrived: what the order's client received.
 
     Raises:
         FleetError: the teacher should be one from elsewhere, and there is none.
     """
     full = Submodel.full(recommender.layout)
     if teaches(order.objective):
-        return Teacher(recommender, order.model, population.private.values, full)
+        return Teacher(recommender, arrived, population.private.values, full)
     if order.objective.distillation is None or order.objective.distillation.teacher != "given":
         return None
     if population.teacher is None:
@@ -160,14 +188,18 @@ def _train_stack(
     objective, tickets = first.objective, [order.ticket for order in orders]
     submodels = tuple(order.submodel for order in orders)
     share = None if all(w == 1.0 for w in work) else work
-    teacher, distillation = _teacher(recommender, population, first), objective.distillation
+    arrived = cut(first, layout)
+    whole = extract(arrived, layout, first.submodel.units) if teaches(objective) else arrived
+    teacher, distillation = _teacher(recommender, population, first, arrived), objective.distillation
     lister = _watched(teacher.lister(distillation.top), watch) if teacher and distillation and distillation.top else None
     examples = population.draw([o.client for o in orders], tickets, objective, first.seed, share, lister)
     columns = private_columns(layout, first.submodel)
     private = population.take(examples.users, columns)
-    whole = cut(first, layout)
     entries = entry_masks(layout, submodels, examples.rows)
-    model = received(layout, whole, examples, entries)
+    model, trainable = received(layout, whole, examples, entries), masks(layout, submodels, entries)
+    if first.rest is not None:  # what is not trained is from the client's cache
+        kept = received(layout, cut(replace(first, model=first.rest), layout), examples, entries)
+        model = {n: torch.where(trainable[n].bool(), t, kept[n]) if n in trainable else t for n, t in model.items()}
     if distillation is not None:
         teacher = teacher or Teacher(recommender, whole, population.private.values, first.submodel, entries)
         with watch():
@@ -180,14 +212,25 @@ def _train_stack(
         private,
         examples,
         objective,
-        masks(layout, submodels, entries),
+        trainable,
         keys(first.seed, "shuffle", tickets) if objective.batch is not None else None,
         seen=entries if first.submodel.through else {},
         chance={} if chance is None else chance(first.version, keys(first.seed, "chance", tickets), examples.rows, model),
         narrow=narrower(layout, first.submodel, objective.narrower) if objective.nested else {},
     )
-    updates = Updates(submodels, examples.rows, examples.present, trained.update)
+    sent = _sent(layout, first, examples, trained.update, tickets)
+    updates = Updates(submodels, examples.rows, examples.present, sent.tensors, sent.scales)
     stack = Stack(population, examples.users, examples.real_users, columns, trained.private)
     counts, losses = examples.count.int().tolist(), trained.loss.tolist()
     judged = [None] * len(orders) if gate is None else gate.tolist()
     return [Result(updates, place, counts[place], losses[place], stack, judged[place]) for place in range(len(orders))]
+
+
+def _sent(layout: Layout, order: Order, examples: Examples, update: Tensors, tickets: list[Ticket]) -> Rounded:
+    """Updates as they arrive, by the codec that a stack's orders share; rows that are not drawn stay there, as zeros."""
+    codec, rows = order.codec, examples.rows
+    if codec.sampled < 1:
+        update = thinned(layout, update, rows, examples.present, codec.sampled, order.seed, tickets)
+    if codec.precision == "int8":
+        return stochastic(layout, update, rows, order.seed, tickets)
+    return Rounded(update, {})

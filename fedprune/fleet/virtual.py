@@ -9,10 +9,12 @@ from typing import Literal
 
 import numpy as np
 
+from fedprune.codec import Codec
 from fedprune.devices import DeviceTable
 from fedprune.errors import FleetError
-from fedprune.exchange import Cost, Lost, Order, Report, Roster
+from fedprune.exchange import Cost, Lost, Order, Report, Roster, Split
 from fedprune.fleet.trainer import Result, Stack, Stacked, Trainer, one_by_one
+from fedprune.objective import Objective
 from fedprune.population import Population
 from fedprune.recommenders import Recommender
 from fedprune.types import ClientId, Seconds, Ticket
@@ -78,7 +80,8 @@ class VirtualFleet:
         """Clients that are online and not at work, abandoned work included."""
         self._finish_unwanted(self._clock)
         clients = np.array([c for c in range(self.population.clients) if c not in self._busy], dtype=np.int64)
-        return Roster(self.devices.reachable(clients, self._clock), self.population.clients, self.devices.slowness)
+        reachable = self.devices.reachable(clients, self._clock)
+        return Roster(reachable, self.population.clients, self.devices.slowness, self.devices.capacity, len(self._busy))
 
     def send(self, orders: Sequence[Order]) -> None:
         """Start work now.
@@ -213,46 +216,45 @@ class VirtualFleet:
             return [], []
         clients = np.array([order.client for order in orders])
         tickets = [order.ticket for order in orders]
-        layout, population = self.recommender.layout, self.population
-        objective = orders[0].objective
-        examples = population.examples_of_client(objective).astype(float)
-        rows = population.rows_of_client(objective).astype(float)
-        if self.workload == "equal":
-            examples, rows = np.full_like(examples, examples.mean()), np.full_like(rows, rows.mean())
-        listed = population.listed_of_client(objective)
-        if self.workload == "equal":
-            listed = np.full_like(listed, round(listed.mean()))
-        known: dict[tuple[bytes, ClientId | None], Workload] = {}
+        known: dict[tuple[bytes, Objective, Codec, bool, ClientId | None], Workload] = {}
         loads = []
         for order in orders:
-            key = (order.submodel.key, None if self.workload == "equal" else order.client)
+            client = None if self.workload == "equal" else order.client
+            key = (order.submodel.key, order.objective, order.codec, order.cached, client)
             if key not in known:
-                known[key] = workload(
-                    layout, order.submodel, objective, examples=float(examples[order.client]),
-                    listed=int(listed[order.client]), items=population.items,
-                    rows=round(rows[order.client]) if order.rows == "touched" else population.items,
-                )  # fmt: skip
+                known[key] = self._workload(order, client)
             loads.append(known[key])
         flops, teaching, down, up = (
             np.array([getattr(load, name) for load in loads], float) for name in ("training", "teacher", "down", "up")
         )
         sizes = [load.parameters for load in loads]
         costs = self.devices.costs(clients, tickets, flops, down, up, sizes, teaching)
-        until = objective.until
-        if until is None:
+        if all(order.objective.until is None for order in orders):
             return [1.0] * len(orders), costs
-        until *= 1 - 1e-9  # so that rounding does not make it late for a deadline that is the same
-        share = np.array(
-            [
-                np.clip(
-                    (until - c.seconds.download - c.seconds.teacher - c.seconds.upload) / max(c.seconds.training, 1e-12),
-                    0.05,
-                    1.0,
-                )
-                for c in costs
-            ]
-        )
+        share = np.array([_in_time(order.objective.until, cost.seconds) for order, cost in zip(orders, costs, strict=True)])
         return share.tolist(), self.devices.costs(clients, tickets, flops * share, down, up, sizes, teaching)
+
+    def _workload(self, order: Order, client: ClientId | None) -> Workload:
+        """What an order asks of a client; of the average one if none is named."""
+        population, objective = self.population, order.objective
+        each = (population.examples_of_client, population.rows_of_client, population.listed_of_client)
+        examples, rows, listed = (
+            float(count(objective).mean() if client is None else count(objective)[client]) for count in each
+        )
+        return workload(
+            self.recommender.layout, order.submodel, objective, order.codec, examples=examples, listed=round(listed),
+            rows=round(rows) if order.codec.rows == "touched" else population.items, items=population.items,
+            cached=order.cached,
+        )  # fmt: skip
+
+
+def _in_time(until: Seconds | None, seconds: Split) -> float:
+    """Share of its examples that a client gets to before a time limit."""
+    if until is None:
+        return 1.0
+    until *= 1 - 1e-9  # so that rounding does not make it late for a deadline that is the same
+    left = until - seconds.download - seconds.teacher - seconds.upload
+    return float(np.clip(left / max(seconds.training, 1e-12), 0.05, 1.0))
 
 
 def SerialFleet(

@@ -13,6 +13,7 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
+from fedprune.codec import Codec
 from fedprune.config import Settings
 from fedprune.data import load
 from fedprune.distill import Distillation
@@ -165,7 +166,7 @@ class Deployment:
         """Every device ranks for its own users, with the submodel it would serve them with, and says how well.
 
         Devices at work are left out, unless it is the last evaluation; the clock stands still meanwhile. The whole model is
-        not sent to who cannot hold it, so there are no `_global` figures.
+        not sent to who cannot hold it, so there are no `_global` figures. What is sent is exact, whatever the codec.
         """
         with self.fleet.stopped():
             if final:
@@ -192,7 +193,7 @@ class Deployment:
             node = self.crew.node_of(client)
             assert node is not None
             order = Order(
-                0, client, state.version, 1.0, submodel, objective, self.strategy.codec.rows, state.model, state.seed,
+                0, client, state.version, 1.0, submodel, objective, Codec(), state.model, state.seed,
             )  # fmt: skip
             contents[node] = wire.write_orders([order], state.layout, run=self.run, settings=self.fleet.settings)
             if client in silent and self.settings.listen_steps:
@@ -243,9 +244,14 @@ def _possible(settings: Settings, arguments: dict[str, Any]) -> Strategy:
     """The strategy, if real devices can carry it out.
 
     Raises:
-        ConfigError: its teacher knows what only simulations know.
+        ConfigError: its teacher knows what only simulations know, or it caches downloads.
     """
     strategy = strategy_of(settings, arguments)
+    if strategy.codec.refresh > 1:
+        raise ConfigError(
+            f"refresh {strategy.codec.refresh} caches downloads, which devices do not do yet; set it to 1, or simulate it with "
+            "`fedprune run`"
+        )
     match strategy.objective.distillation:
         case Distillation(teacher="sent"):
             raise ConfigError(

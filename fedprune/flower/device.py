@@ -225,7 +225,7 @@ class Device:
         """Of the whole order."""
         population, objective = self.population, order.objective
         return workload(
-            self.recommender.layout, order.submodel, objective, rows=population.items, items=population.items,
+            self.recommender.layout, order.submodel, objective, order.codec, rows=population.items, items=population.items,
             examples=float(population.examples_of_client(objective)[self.local]),
             listed=int(population.listed_of_client(objective)[self.local]),
         )  # fmt: skip

@@ -132,7 +132,7 @@ class FlowerFleet:
             busy = self._busy()
             there = [client for client in self.crew.present() if client not in busy]
             if there or any(job.wanted for job in self._jobs.values()) or self._arrived:
-                return Roster(np.array(there, np.int64), self.crew.clients, self.crew.slowness())
+                return Roster(np.array(there, np.int64), self.crew.clients, self.crew.slowness(), busy=len(busy))
             if self.crew.nodes.clock() - told > 60:
                 told = self.crew.nodes.clock()
                 log.warning("nobody can be asked: %s of %s clients are online", len(self.crew.present()), self.crew.clients)
@@ -303,7 +303,8 @@ class FlowerFleet:
         """What an order asked of its device, which has trained on so many examples."""
         distillation, facts = order.objective.distillation, self.crew.facts[order.client]
         return workload(
-            self.layout, order.submodel, order.objective, examples=examples, rows=self.layout.items, items=self.layout.items,
+            self.layout, order.submodel, order.objective, order.codec, examples=examples,
+            rows=self.layout.items, items=self.layout.items,
             listed=0 if distillation is None else distillation.top * facts.users,
         )  # fmt: skip
 

@@ -48,7 +48,7 @@ class OnNodes:
             FleetError: a node failed; in a simulation nobody else's data would do instead.
             ConfigError: nodes know no teacher from elsewhere.
         """
-        for order in orders[:1]:
+        for order in orders:
             if order.objective.distillation is not None and order.objective.distillation.teacher == "given":
                 raise ConfigError(
                     'teacher "given" is a model from elsewhere, and Flower\'s nodes have none; run it with `fedprune run`, or '

@@ -21,13 +21,16 @@ def ticket_of(event: Mapping[str, Any]) -> float:
 
 
 def summarise(
-    events: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], ceiling: Mapping[str, float] | None = None
+    events: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], unequal: Mapping[str, float | None] | None = None
 ) -> dict[str, Any]:
     """What a run came to.
 
     Test quality is read at the round that validation chose (best NDCG@10 in the exact 1+99 protocol), among those with the
     final ticket where a mask shrinks on the way. Times, energy and
     bytes are totals over the whole run, the warm start included; `seconds_to_target` is when an evaluation first met it.
+
+    Args:
+        unequal: how unequal clients were before and after (`experiment.spread`, `experiment.settled`).
 
     Returns:
         The keys of the README's table of summary keys; None where a figure does not exist (no target, unknown joules).
@@ -69,8 +72,9 @@ def summarise(
         "validation_ndcg10_expected": best["evaluation"]["validation"]["ndcg10_expected"],
         **{key: test.get(key) for key in QUALITY},
         **{f"{key}_slow": test.get(f"{key}_slow") for key in QUALITY},
+        **{f"{key}_limited": test.get(f"{key}_limited") for key in QUALITY},
         **{f"{key}_global": test.get(f"{key}_global") for key in QUALITY},
         **{f"{key}_draw": test.get(f"{key}_draw") for key in ("hr10", "ndcg10")},
-        **(ceiling or {}),
+        **(unequal or {}),
         "source": "modelled" if all(e["source"] == "modelled" for e in rounds) else "measured",
     }

@@ -43,6 +43,28 @@ def caption(runs: Sequence[Row]) -> str:
     return " ".join([*(SOURCES[source] for source in sources), CAPTION])
 
 
+UNEQUAL = (
+    ("slowest_over_fastest", "slowest over fastest"),
+    ("mean_shortfall", "mean shortfall H"),
+    ("variation", "variation"),
+    ("ceiling", "ceiling"),
+)
+"""Keys of a summary that are there twice, of the full model and, with `_after`, of what clients did in the end."""
+
+
+def unequal(run: Row) -> str:
+    """How unequally long clients' reports took, with the full model and in the last quarter of the rounds."""
+    pairs = [(text, run.get(key), run.get(f"{key}_after")) for key, text in UNEQUAL]
+    said = [
+        f"{text} {before:.2f} → {'–' if after is None else f'{after:.2f}'}"
+        for text, before, after in pairs
+        if before is not None
+    ]
+    share = run.get("clients_after")
+    about = "" if share is None else f" (reports of {share:.0%} of the clients)"
+    return f"Full model → last quarter of the rounds{about}: {', '.join(said)}." if said else ""
+
+
 def body(runs: Sequence[Row], baselines: Mapping[str, Row]) -> list[list[str]]:
     """One row of texts per strategy (mean and, over several seeds, standard deviation), then the baselines."""
     rows = []
@@ -63,8 +85,9 @@ def grouped(runs: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def terminal(runs: Sequence[Row], baselines: Mapping[str, Row]) -> Table:
-    """For the screen."""
-    table = Table(caption=caption(runs), caption_justify="left")
+    """For the screen; of a run alone it also says how unequal the clients were."""
+    said = [caption(runs), *(unequal(run) for run in runs if len(runs) == 1)]
+    table = Table(caption="\n".join(filter(None, said)), caption_justify="left")
     for key, heading in COLUMNS:
         table.add_column(heading, justify="left" if key == "strategy" else "right", no_wrap=key == "strategy")
     for row in body(runs, {}):

@@ -48,6 +48,30 @@ class Uniform:
 
 
 @dataclass(frozen=True)
+class KeepBusy:
+    """As many of the idle clients at random as it takes to have `concurrency` at work; everybody if None.
+
+    FedBuff's and FedAsync's M, with `Gather(refill=...)`.
+    """
+
+    concurrency: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.concurrency is not None and self.concurrency < 1:
+            raise ConfigError(f"concurrency is {self.concurrency}; it must be at least 1, or left out for everybody")
+
+    def choose(self, memory: Memory, roster: Roster, rng: np.random.Generator) -> IntArray:
+        """A sample without replacement; nobody if enough are busy."""
+        if self.concurrency is None:
+            return roster.clients
+        return _sample(roster.clients, max(0, self.concurrency - roster.busy), rng)
+
+    def learn(self, memory: Memory, reports: Sequence[Report], lost: Sequence[Lost]) -> Memory:
+        """Nothing."""
+        return memory
+
+
+@dataclass(frozen=True)
 class Strongest:
     """`Uniform` among the fastest `share` of all devices; the others never train.
 

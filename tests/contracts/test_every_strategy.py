@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from world import World, close, copied, finite, same, unmasked, world
+from world import USERS, World, close, copied, finite, same, unmasked, world
 
 from fedprune.catalog import CATALOG, build, trained_with
 from fedprune.devices import disturbed
@@ -39,12 +39,20 @@ ROWS = [
     Row("smallest"),
     Row("skip"),
     Row("skip", {"pace": 1.5}),
+    Row("fedavg_tuned"),
+    Row("fedbuff", {"buffer": 5}),
+    Row("fedbuff", {"buffer": 4, "concurrency": 7, "refill": 2}),
+    Row("fedasync"),
+    Row("fedasync", {"concurrency": 12}),
     Row("deadline", {"within": 15.0}),
     Row("fedprox", {"within": 15.0}),
     Row("heterofl"),
     Row("window"),
+    Row("window", {"refresh": 3}),
     Row("adaptcl"),
     Row("adaptcl", {"interval": 1, "cohort": 9}),
+    Row("fedprune", {"precision": "float32"}),
+    Row("fedprune", {"cohort": 9, "refresh": 3, "share": 0.6}),
     Row("sp_sad"),
     Row("lth_sad", {"every": 2, "rewind": 1}),
     Row("ss_sad", {"every": 2, "rewind": 1}),
@@ -200,6 +208,12 @@ LIMITS = [
     (Row("window"), {"sigma": 1.0}),
     (Row("adaptcl"), {"sigma": 1.0, "workload": "equal"}),
     (Row("skip"), {"sigma": 1.0, "workload": "equal"}),
+    (Row("fedavg_tuned", {"negatives": None, "precision": "float32", "lr_private": None, "server_lr": None}), {}),
+    (
+        Row("fedprune", {"negatives": None, "precision": "float32", "lr_private": None, "server_lr": None}),
+        {"sigma": 1.0, "workload": "equal"},
+    ),
+    (Row("fedbuff", {"buffer": USERS}), {"sigma": 1.0, "workload": "equal"}),
     (Row("sp_sad", {"rate": 1.0, "taught": False}), {}),
     (Row("lth_sad", {"keep": 1.0, "every": 1, "rewind": 1, "taught": False}), {}),
     (Row("ss_sad", {"keep": 1.0, "every": 1, "rate": 1.0, "taught": False}), {}),
@@ -233,7 +247,18 @@ def test_equals_fedavg_at_its_neutral_setting(row: Row, where: dict, fleet: str,
 
 
 def test_the_limits_table_is_complete():
-    assert {row.name for row, _ in LIMITS} == set(CATALOG) - {"fedavg"}, "a strategy has no limit; add one"
+    assert {row.name for row, _ in LIMITS} == set(CATALOG) - {"fedavg", "fedasync"}, "a strategy has no limit; add one"
+
+
+@pytest.mark.parametrize("fleet", ["serial", "vector"])
+def test_asynchronous_with_one_client_at_work_and_mixing_1_is_fedavg_with_one_client_a_round(fleet: str):
+    here, rival = (
+        world(trained_with(build(name, **own), Objective(), Merge()), fleet=fleet)
+        for name, own in (("fedasync", {"mixing": 1.0, "concurrency": 1}), ("fedavg", {"cohort": 1}))
+    )
+    here.rounds(5)
+    rival.rounds(5)
+    assert same(here.state.model, rival.state.model) and same(here.private, rival.private)
 
 
 @pytest.mark.parametrize("row", [Row("smallest", {"rate": 0.5}), Row("drop_weak", {"share": 0.5})], ids=str)

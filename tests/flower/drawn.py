@@ -13,11 +13,15 @@ from reports import report
 from world import ITEMS, SETTINGS, recommender
 
 from fedprune.axes import Layout
+from fedprune.codec import Codec
 from fedprune.exchange import Order, Updates
+from fedprune.fleet.trainer import cut_here
 from fedprune.merge import Merge
 from fedprune.objective import Objective
+from fedprune.precision import stochastic
 from fedprune.recommenders import Recommender
 from fedprune.submodel import Submodel, extract, mask, there
+from fedprune.thinning import thinned
 
 QUICK = settings(max_examples=40, deadline=None)
 
@@ -63,11 +67,13 @@ def alike(layout: Layout, one: Submodel, other: Submodel) -> bool:
     return all(torch.equal(there(layout, one, name), there(layout, other, name)) for name in one.entries)
 
 
-def order_of(rng: np.random.Generator, model: str, ticket: int, submodel: Submodel, rows: str, at: dict) -> Order:
+def order_of(
+    rng: np.random.Generator, model: str, ticket: int, submodel: Submodel, rows: str, at: dict, **codec: object
+) -> Order:
     objective = Objective(lr=0.1 + float(rng.random()), batch=[None, 7][rng.integers(2)], until=[None, 2.5][rng.integers(2)])
     return Order(
-        ticket, int(rng.integers(24)), int(rng.integers(9)), float(rng.choice([0.25, 0.3, 1.0])), submodel, objective, rows, at,
-        int(rng.integers(2**31)), [None, 12.5][rng.integers(2)],
+        ticket, int(rng.integers(24)), int(rng.integers(9)), float(rng.choice([0.25, 0.3, 1.0])), submodel, objective,
+        Codec(rows, **codec), at, int(rng.integers(2**31)), [None, 12.5][rng.integers(2)],
     )  # fmt: skip
 
 
@@ -99,6 +105,25 @@ def random_updates(rng: np.random.Generator, model: str, submodels: tuple[Submod
     return Updates(submodels, rows, present, tensors)
 
 
+def sent(updates: Updates, order: Order, layout: Layout) -> Updates:
+    """As an order's codec lets them arrive."""
+    codec, tickets = order.codec, [order.ticket + place for place in range(len(updates.submodels))]
+    tensors = dict(updates.tensors)
+    if codec.sampled < 1:
+        tensors = thinned(layout, tensors, updates.rows, updates.present, codec.sampled, order.seed, tickets)
+    if codec.precision == "float32":
+        return replace(updates, tensors=tensors)
+    rounded = stochastic(layout, tensors, updates.rows, order.seed, tickets)
+    return replace(updates, tensors=rounded.tensors, scales=rounded.scales)
+
+
+def arrives(order: Order, layout: Layout) -> dict:
+    """What an order's client receives."""
+    cut = cut_here(order, layout)
+    masks = {name: there(layout, order.submodel, name) for name in cut}
+    return {name: tensor if masks[name] is None else tensor * masks[name] for name, tensor in cut.items()}
+
+
 def _line(layout, dimension):
     """A layout of one tensor with this one dimension."""
     return replace(layout, tensors={"m": (dimension,)})
@@ -116,3 +141,4 @@ def merged(model: str, start: dict, orders: list[Order], stacks: list[Updates], 
 some_seed = some.integers(0, 2**31)
 some_model = some.sampled_from(sorted(SETTINGS))
 some_rows = some.sampled_from(["table", "touched"])
+some_precision = some.sampled_from(["float32", "int8"])

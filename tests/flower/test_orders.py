@@ -10,9 +10,10 @@ import pytest
 import torch
 from flower_world import Tamper
 from flwr.app import Array, ConfigRecord, MetricRecord, RecordDict
-from tampering import array, data, entry, instead, npy, pickled, setting, without, zipped
+from tampering import array, data, entry, extra, instead, npy, pickled, setting, without, zipped
 from world import recommender
 
+from fedprune.codec import Codec
 from fedprune.distill import Distillation
 from fedprune.errors import FleetError
 from fedprune.exchange import Order
@@ -25,7 +26,7 @@ MODEL = recommender("neumf").initial(1)
 
 
 def order(ticket: int, submodel: Submodel) -> Order:
-    return Order(ticket, ticket + 5, 3, 0.5, submodel, Objective(batch=7, until=2.0), "touched", MODEL, 1, 9.0)
+    return Order(ticket, ticket + 5, 3, 0.5, submodel, Objective(batch=7, until=2.0), Codec("touched"), MODEL, 1, 9.0)
 
 
 def content() -> RecordDict:
@@ -42,6 +43,13 @@ def masked() -> RecordDict:
     there = {name: np.ones(LAYOUT.shape(name), bool) for name in ("item_tower", "hidden2_bias")}
     there["item_tower"][:, 0] = False
     orders = [order(0, replace(half, entries=there)), order(1, Submodel.full(LAYOUT))]
+    return wire.write_orders(orders, LAYOUT, run="r", settings="{}")
+
+
+def rounded() -> RecordDict:
+    """Two orders of the same units, one as float32 and one as int8."""
+    half = Submodel({name: np.arange(axis.size // 2) for name, axis in LAYOUT.prunable.items()})
+    orders = [order(0, half), replace(order(1, half), codec=Codec(precision="int8"))]
     return wire.write_orders(orders, LAYOUT, run="r", settings="{}")
 
 
@@ -104,6 +112,23 @@ MASKED: dict[str, tuple[str, Tamper]] = {
     "masked of one": ("masked", setting("masked", lambda old: old[:1])),
     "masked in numbers": ("masked", setting("masked", [1, 2])),
 }
+ROUNDED: dict[str, tuple[str, Tamper]] = {
+    "codes too short": ("codes", array("codes", lambda v: v[:-1])),
+    "codes in float32": ("codes", array("codes", lambda v: v.astype(np.float32))),
+    "codes without a sign": ("codes", array("codes", lambda v: v.astype(np.uint8))),
+    "without codes": ("codes", without("arrays", "codes")),
+    "halves too long": ("halves", array("halves", lambda v: np.append(v, v[:1]))),
+    "halves in float32": ("halves", array("halves", lambda v: v.astype(np.float32))),
+    "halves NaN": ("halves", entry("halves", math.nan)),
+    "halves infinite": ("halves", entry("halves", math.inf)),
+    "without halves": ("halves", without("arrays", "halves")),
+    "without model": ("model", without("arrays", "model")),
+    "model of both": ("model", array("model", lambda v: np.append(v, v))),
+    "one cut of two precisions": ("cuts", setting("cuts", [0, 0])),
+    "a precision of the second that is none": ("codec", setting("1.codec.precision", "int4")),
+    "a term of the second that is none": ("objective.speed", new("1.objective.speed", 1.0)),
+    "the second without rows": ("codec.rows", without("config", "1.codec.rows")),
+}
 TAUGHT: dict[str, tuple[str, Tamper]] = {
     "an unknown kind of teacher": ("objective.distillation", setting("objective.distillation.teacher", "strict")),
     "a teacher in numbers": ("objective.distillation.teacher", setting("objective.distillation.teacher", 1)),
@@ -142,8 +167,18 @@ CASES: dict[str, tuple[str, Tamper]] = {
     "one cut for two widths": ("cuts", setting("cuts", [0, 0])),
     "a submodel far away": ("submodels", setting("submodels", [0, HUGE])),
     "a submodel that is not there": ("submodels", setting("submodels", [0, 2])),
-    "rows of another kind": ("rows", setting("rows", "all")),
-    "rows as a number": ("rows", setting("rows", 1)),
+    "rows of another kind": ("codec", setting("codec.rows", "all")),
+    "rows as a number": ("codec.rows", new("codec.rows", 1)),
+    "precision of another kind": ("codec", setting("codec.precision", "int4")),
+    "precision as a number": ("codec.precision", new("codec.precision", 8)),
+    "no rows sampled": ("codec", setting("codec.sampled", 0.0)),
+    "rows sampled without end": ("codec.sampled", new("codec.sampled", math.inf)),
+    "a codec from the future": ("codec.entropy", new("codec.entropy", True)),
+    "plans too few": ("plans", setting("plans", [0])),
+    "a plan too far": ("plans", setting("plans", [0, 2])),
+    "a plan that is not there": ("codec.rows", setting("plans", [0, 1])),
+    "codes that nobody asked for": ("codes", extra("codes")),
+    "halves that nobody asked for": ("halves", extra("halves")),
     "seed as text": ("seed", setting("seed", "one")),
     "negative seed": ("seed", setting("seed", -1)),
     "expires as text": ("expires", setting("expires", "soon")),
@@ -187,7 +222,10 @@ for _record, _names in {
         "run",
         "settings",
         "seed",
-        "rows",
+        "codec.rows",
+        "codec.precision",
+        "codec.sampled",
+        "plans",
         "tickets",
         "clients",
         "versions",
@@ -211,6 +249,13 @@ def test_bad_masks_are_refused_by_the_name_of_their_field(field: str, tamper: Ta
     assert wire.read_orders(masked(), LAYOUT).orders[0].submodel.entries["hidden2_bias"].sum() == 4
     with pytest.raises(FleetError, match=f'field "{field}"'):
         wire.read_orders(tamper(masked()), LAYOUT)
+
+
+@pytest.mark.parametrize(("field", "tamper"), ROUNDED.values(), ids=ROUNDED)
+def test_bad_numbers_are_refused_by_the_name_of_their_array(field: str, tamper: Tamper):
+    assert [o.codec.precision for o in wire.read_orders(rounded(), LAYOUT).orders] == ["float32", "int8"]
+    with pytest.raises(FleetError, match=f'field "{field}"'):
+        wire.read_orders(tamper(rounded()), LAYOUT)
 
 
 @pytest.mark.parametrize(("field", "tamper"), TAUGHT.values(), ids=TAUGHT)

@@ -7,16 +7,31 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from drawn import QUICK, alike, merged, order_of, random_masks, random_units, random_updates, some_rows, some_seed, what
+from drawn import (
+    QUICK,
+    alike,
+    arrives,
+    merged,
+    order_of,
+    random_masks,
+    random_units,
+    random_updates,
+    sent,
+    some_precision,
+    some_rows,
+    some_seed,
+    what,
+)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from world import ITEMS, same
 
 from fedprune.axes import Layout
-from fedprune.codec import sizes
+from fedprune.codec import Codec, sizes
 from fedprune.distill import Distillation
 from fedprune.flower import wire
 from fedprune.objective import Objective
+from fedprune.precision import nearest
 from fedprune.submodel import Submodel, extract, there
 from fedprune.workload import workload
 
@@ -60,38 +75,53 @@ def nbytes(content, *names: str) -> int:
     return sum(content["arrays"][name].numpy().nbytes for name in names if name in content["arrays"])
 
 
-@settings(max_examples=60, deadline=None)
-@given(some_seed, some.sampled_from(["mf", "neumf"]), some_rows, some.sampled_from(KINDS))
-def test_bytes_on_the_wire_are_those_that_are_predicted(seed: int, model: str, rows: str, kind: str):
+def by_hand(layout: Layout, submodel: Submodel, rows: torch.Tensor, precision: str) -> int:
+    """Bytes of these item rows' trained entries, and of what is shared."""
+    total = 0
+    for name in layout.named("touched", "shared"):
+        shape = layout.shape(name, submodel.trained_widths)
+        count = len(rows) if layout.kind(name) == "touched" else shape[0]
+        entries = count * int(np.prod(shape[1:]))
+        if name in submodel.entries:
+            trained = there(layout, submodel, name, "trained")
+            entries = int((trained[rows] if layout.kind(name) == "touched" else trained).sum())
+        total += 4 * entries if precision == "float32" else 2 * entries if len(shape) == 1 else entries + 2 * count
+    return total
+
+
+@settings(max_examples=100, deadline=None)
+@given(some_seed, some.sampled_from(["mf", "neumf"]), some_rows, some_precision, some.booleans(), some.sampled_from(KINDS))
+def test_bytes_on_the_wire_are_those_that_are_predicted(
+    seed: int, model: str, rows: str, precision: str, sampled: bool, kind: str
+):
     rng, layout, start = np.random.default_rng(seed), what(model).layout, what(model).initial(1)
     submodel = masked_submodel(kind, rng, layout)
     if kind == "tower" and not layout.named("shared"):
         return
-    order, predicted = order_of(rng, model, 0, submodel, rows, start), sizes(layout, submodel, ITEMS)
+    share = 0.5 if sampled and rows == "touched" else 1.0
+    order = order_of(rng, model, 0, submodel, rows, start, precision=precision, sampled=share)
+    predicted = sizes(layout, submodel, ITEMS, order.codec)
     content = wire.write_orders([order], layout, run="r", settings="{}")
-    assert nbytes(content, "model", "entries") == predicted.down and nbytes(content, "model") == 4 * predicted.parameters
+    assert nbytes(content, "model", "codes", "halves", "entries") == predicted.down
+    assert precision == "int8" or nbytes(content, "model") == 4 * predicted.parameters
     (got,) = wire.read_orders(content, layout).orders
-    assert same(got.model, extract(start, layout, submodel)) and alike(layout, got.submodel, submodel)
-    updates = random_updates(rng, model, (submodel,))
+    assert same(got.model, arrives(order, layout)) and alike(layout, got.submodel, submodel)
+    assert precision == "int8" or same(got.model, extract(start, layout, submodel))
+    updates = sent(random_updates(rng, model, (submodel,)), order, layout)
     reply = wire.write_reply(
         wire.Parcel("r", "{}", (got,), (1.0,)), [wire.Stacked((0,), updates, (1,), (0.0,), (1.0,))], layout
     )
+    up = nbytes(reply, "update", "codes", "halves")
     if rows == "table":
-        assert nbytes(reply, "update") == predicted.up
+        assert up == predicted.up == by_hand(layout, submodel, torch.arange(ITEMS), precision)
     else:
-        touched = sum(
-            int(there(layout, submodel, n, "trained")[updates.rows[0]].sum())
-            if n in submodel.entries
-            else updates.rows.shape[1] * layout.row_entries(n, submodel.trained_widths)
-            for n in layout.named("touched")
-        )
-        shared = sum(
-            int(there(layout, submodel, n, "trained").sum())
-            if n in submodel.entries
-            else int(np.prod(layout.shape(n, submodel.trained_widths)))
-            for n in layout.named("shared")
-        )
-        assert nbytes(reply, "update") == 4 * (touched + shared)
+        changed = [updates.tensors[name][0].flatten(1).any(1) if updates.tensors[name].dim() > 2
+                   else updates.tensors[name][0] != 0 for name in layout.named("touched")]  # fmt: skip
+        drawn = torch.stack(changed).any(0) if share < 1 else updates.present[0]
+        assert up == by_hand(layout, submodel, updates.rows[0][drawn], precision)
+        if not submodel.entries:
+            assert up == sizes(layout, submodel, int(drawn.sum()), replace(order.codec, sampled=1.0)).up
+            assert sizes(layout, submodel, 2 * int(drawn.sum()), replace(order.codec, sampled=0.5)).up == up
     (back,) = wire.read_reply(reply, [order], layout, "r")
     assert same(merged(model, start, [order], [back.updates], "equal"), merged(model, start, [order], [updates], "equal"))
 
@@ -118,25 +148,33 @@ def test_every_client_may_lack_other_entries(seed: int, model: str, clients: int
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("teacher", ["local", "sent"])
-def test_a_teacher_travels_whole_and_once(kind: str, teacher: str):
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_teacher_travels_whole_and_once(kind: str, teacher: str, precision: str):
     rng, layout, start = np.random.default_rng(3), what("neumf").layout, what("neumf").initial(1)
     objective = Objective(distillation=Distillation(teacher, weight=0.5, top=3))
     orders = [
-        replace(order_of(rng, "neumf", n, masked_submodel(kind, rng, layout), "table", start), objective=objective)
+        replace(
+            order_of(rng, "neumf", n, masked_submodel(kind, rng, layout), "table", start, precision=precision),
+            objective=objective,
+        )
         for n in range(2)
     ]
     content = wire.write_orders(orders, layout, run="r", settings="{}")
     local = replace(objective, distillation=replace(objective.distillation, teacher="local"))
-    load = workload(layout, orders[0].submodel, local, examples=9, listed=3, rows=ITEMS, items=ITEMS)
+    codec, whole = Codec(precision=precision), Submodel.full(layout)
+    load = workload(layout, orders[0].submodel, local, codec, examples=9, listed=3, rows=ITEMS, items=ITEMS)
     masks = {o.submodel.key: sizes(layout, o.submodel, ITEMS).masks for o in orders}
-    assert nbytes(content, "model") == layout.bytes(layout.full, ITEMS) == load.down - masks[orders[0].submodel.key]
-    assert nbytes(content, "model", "entries") == nbytes(content, "model") + sum(masks.values()), "each one's own masks"
-    parcel = wire.read_orders(content, layout)
-    assert all(same(got.model, start) for got in parcel.orders) and parcel.orders[0].model is parcel.orders[1].model
+    moved = nbytes(content, "model", "codes", "halves")
+    assert moved == sizes(layout, whole, ITEMS, codec).down == load.down - masks[orders[0].submodel.key]
+    assert moved == layout.bytes(layout.full, ITEMS) if precision == "float32" else moved < layout.bytes(layout.full, ITEMS) / 3
+    assert nbytes(content, "entries") == sum(masks.values()), "each one's own masks"
+    parcel, received = wire.read_orders(content, layout), start if precision == "float32" else nearest(layout, start).tensors
+    assert all(same(got.model, received) for got in parcel.orders) and parcel.orders[0].model is parcel.orders[1].model
     assert all(alike(layout, got.submodel, sent.submodel) for got, sent in zip(parcel.orders, orders, strict=True))
     past = replace(objective, distillation=Distillation("past", weight=0.5), epochs=2)
     content = wire.write_orders([replace(o, objective=past) for o in orders[:1]], layout, run="r", settings="{}")
-    assert nbytes(content, "model", "entries") == sizes(layout, orders[0].submodel, ITEMS).down, "it knows its past self"
+    alone = sizes(layout, orders[0].submodel, ITEMS, codec).down
+    assert nbytes(content, "model", "codes", "halves", "entries") == alone, "it knows its past self"
 
 
 some_positive = some.floats(1e-3, 1e3, allow_subnormal=False)
@@ -152,7 +190,7 @@ some_objective = some.builds(
     batch=some.none() | some.integers(1, 99), lr=some_positive, lr_private=some_positive, decay_private=some_weight,
     private_steps=some.integers(0, 9), proximal=some_weight, until=some.none() | some_positive, recency=some_weight,
     horizon=some_positive, distillation=some.none() | some_distillation, nested=some_weight, narrower=some_share,
-    gate=some.booleans(),
+    gate=some.booleans(), weight_negatives=some_positive,
 )  # fmt: skip
 
 

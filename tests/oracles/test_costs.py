@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from world import order, world
 
+from fedprune.codec import Codec
 from fedprune.devices import DEVICES, DeviceTable, FullReport, disturbed, linear, named, phones
 from fedprune.distill import Distillation
 from fedprune.errors import ConfigError
@@ -134,7 +135,7 @@ def test_an_order_costs_what_its_submodel_and_its_examples_cost():
 
 def test_touched_rows_cost_only_themselves():
     here = world(fleet="serial")
-    here.fleet.send([replace(order(here, 6, 0), rows="touched")])
+    here.fleet.send([replace(order(here, 6, 0), codec=Codec("touched"))])
     cost = here.fleet.next().cost
     assert cost.bytes_up == 4 * 9 * here.population.rows_of_client(Objective())[6]
 

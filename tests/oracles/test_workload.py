@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from world import ITEMS, LATENT, USERS, order, recommender, silos_of_three, train, world
 
-from fedprune.codec import sizes
+from fedprune.codec import Codec, sizes
 from fedprune.data import silos
 from fedprune.distill import Distillation
 from fedprune.exchange import Report
@@ -28,7 +28,7 @@ ROW, FULL_ROW = 4 * 5, 4 * 9
 
 
 def load(submodel: Submodel = HALF, rows: int = ITEMS, listed: int = 0, **objective: Any) -> Workload:
-    return workload(LAYOUT, submodel, Objective(**objective), examples=30.0, listed=listed, rows=rows, items=ITEMS)
+    return workload(LAYOUT, submodel, Objective(**objective), Codec(), examples=30.0, listed=listed, rows=rows, items=ITEMS)
 
 
 def test_a_plain_order():
@@ -66,7 +66,7 @@ def test_who_lists_items_needs_the_whole_table():
         assert load(**given, distillation=Distillation(teacher, 0.5, top=5)).down < 40 * ROW
     here = world()
     objective = Objective(negatives=1, distillation=Distillation("local", 0.5, top=2))
-    here.fleet.send([replace(order(here, 0, 0), rows="touched", objective=objective)])
+    here.fleet.send([replace(order(here, 0, 0), codec=Codec("touched"), objective=objective)])
     cost = here.fleet.next().cost
     touched = here.population.examples_of_client(objective)[0] + 2
     assert touched < ITEMS and (cost.bytes_down, cost.bytes_up) == (ITEMS * FULL_ROW, touched * FULL_ROW)
@@ -90,13 +90,13 @@ def test_equal_work_is_the_same_for_everybody(teacher: Any):
     for clients in (range(5), reversed(range(5))):
         here = world(client_of_user=owner, workload="equal")
         orders = [replace(order(here, client, client), objective=objective) for client in clients]
-        here.fleet.send([replace(o, rows="touched") for o in orders])
+        here.fleet.send([replace(o, codec=Codec("touched")) for o in orders])
         reports = [here.fleet.next() for _ in orders]
         costs += [(r.cost.flops, r.cost.bytes_down, r.cost.bytes_up) for r in reports if isinstance(r, Report)]
     population = here.population
     assert len({len(users) for users in population.users_of}) > 1
     expected = workload(
-        LAYOUT, Submodel.full(LAYOUT), objective, examples=population.examples_of_client(objective).mean(),
+        LAYOUT, Submodel.full(LAYOUT), objective, Codec(), examples=population.examples_of_client(objective).mean(),
         listed=round(5 * USERS / 5), rows=round(population.rows_of_client(objective).mean()), items=ITEMS,
     )  # fmt: skip
     assert len(costs) == 10 and set(costs) == {(expected.training + expected.teacher, expected.down, expected.up)}
@@ -129,11 +129,14 @@ def by_client(distillation: Distillation | None, **settings: Any) -> tuple[dict[
 class HalfRate:
     """Everybody at half width."""
 
-    def propose(self, memory, clients, roster, smallest):
+    def propose(self, memory, clients, roster, offer):
         return np.full(len(clients), 0.5)
 
-    def learn(self, memory, reports, lost, population):
+    def learn(self, memory, reports, lost, population, offer):
         return memory
+
+    def forecast(self, memory, population):
+        return None
 
 
 @pytest.mark.parametrize("silo", [False, True])

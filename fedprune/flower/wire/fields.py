@@ -14,7 +14,7 @@ from torch import Tensor
 from fedprune.errors import FleetError
 from fedprune.types import FloatArray
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever a message's meaning changes; both sides refuse another one."""
 ROOM = 4096
 """Bytes that an array's own header may take."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +12,16 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedprune.axes import Layout
+from fedprune.codec import Codec
 from fedprune.errors import FleetError, LayoutError
 from fedprune.exchange import Order
 from fedprune.fleet.trainer import teaches
-from fedprune.flower.wire.entries import bits, chosen, masked, read_masks, with_gaps, without_gaps
+from fedprune.flower.wire.entries import bits, chosen, masked, read_masks
 from fedprune.flower.wire.fields import FORMAT, arrays_of, flat, list_of, need, part_of, speaks, value_of
-from fedprune.flower.wire.objectives import read_objective, write_objective
+from fedprune.flower.wire.objectives import read_plan, write_plan
+from fedprune.flower.wire.packing import Block, Precision, laid_out, picked_up, read_all, summed, together
+from fedprune.objective import Objective
+from fedprune.precision import Rounded, nearest
 from fedprune.submodel import Submodel, extract
 from fedprune.types import IntArray, Tensors
 
@@ -52,19 +55,18 @@ def write_orders(
     private: Tensor | None = None,
 ) -> RecordDict:
     """The message content for one node. Equal cuts and equal submodels are written once."""
-    first = orders[0]
-    whole = Submodel.full(layout) if teaches(first.objective) else None
-    cuts: dict[tuple[int, bytes], int] = {}
+    first, full = orders[0], Submodel.full(layout)
+    cuts: dict[tuple[int, bytes, Precision], int] = {}
     submodels: dict[bytes, int] = {}
-    model, units, entries, names, through = [], [], [], [], []
+    plans: dict[tuple[Objective, Codec], int] = {}
+    model, cut_of, units, entries, names, through = [], [], [], [], [], []
     for order in orders:
-        submodel, received = order.submodel, whole or order.submodel
-        key = (id(order.model), received.held_key)
-        if key not in cuts:
-            cuts[key] = len(cuts)
-            cut = extract(order.model, layout, received)
-            travels = layout.named("shared", "touched")
-            model += [without_gaps(cut[name], chosen(layout, received, name, "held")) for name in travels]
+        submodel, received = order.submodel, full if teaches(order.objective) else order.submodel
+        key = (id(order.model), received.held_key, order.codec.precision)
+        cut_of.append(cuts.setdefault(key, len(cuts)))
+        if len(model) < len(cuts):
+            model.append(_cut(order, layout, received))
+        plans.setdefault((order.objective, order.codec), len(plans))
         if submodel.key not in submodels:
             submodels[submodel.key] = len(submodels)
             units += [_bits(layout, submodel.held), _bits(layout, submodel.trained)]
@@ -77,19 +79,21 @@ def write_orders(
         "run": run,
         "settings": settings,
         "seed": first.seed,
-        "rows": first.rows,
         "tickets": [order.ticket for order in orders],
         "clients": [order.client for order in orders],
         "versions": [order.version for order in orders],
         "rates": [float(order.rate) for order in orders],
-        "cuts": [cuts[id(order.model), (whole or order.submodel).held_key] for order in orders],
+        "cuts": cut_of,
         "submodels": [submodels[order.submodel.key] for order in orders],
+        "plans": [plans[order.objective, order.codec] for order in orders],
         "work": [float(share) for share in (work or [1.0] * len(orders))],
     }
-    config |= write_objective(first.objective)
+    for (objective, codec), number in plans.items():
+        config |= write_plan(objective, codec, number)
     if first.expires is not None:
         config["expires"] = float(first.expires)
-    arrays = {"model": torch.cat(model), "units": torch.from_numpy(np.concatenate(units))}
+    arrays = laid_out("model", [precision for _, _, precision in cuts], model)
+    arrays["units"] = torch.from_numpy(np.concatenate(units))
     if any(names):
         config |= {"masked": names, "through": through}
         arrays["entries"] = torch.from_numpy(np.concatenate(entries))
@@ -106,7 +110,7 @@ def read_orders(content: RecordDict, layout: Layout) -> Parcel:
     """
     config, arrays = part_of(content, "config", ConfigRecord), part_of(content, "arrays", ArrayRecord)
     speaks(config)
-    lists = {name: list_of(config, name, int) for name in ("tickets", "clients", "versions", "cuts", "submodels")}
+    lists = {name: list_of(config, name, int) for name in ("tickets", "clients", "versions", "cuts", "submodels", "plans")}
     lists |= {name: list_of(config, name, float) for name in ("rates", "work")}
     count = len(lists["tickets"])
     for name, values in lists.items():
@@ -116,23 +120,21 @@ def read_orders(content: RecordDict, layout: Layout) -> Parcel:
     need(len(set(lists["tickets"])) == count, "tickets", "names an order twice")
     for name in ("rates", "work"):
         need(all(0 < share <= 1 for share in lists[name]), name, f"must be in (0, 1]; got {lists[name][:5]}")
-    for name in ("cuts", "submodels"):
+    for name in ("cuts", "submodels", "plans"):
         numbers = sorted(set(lists[name]))
         need(numbers == list(range(len(numbers))), name, f"must number from 0 on; got {lists[name][:5]}")
-    rows = value_of(config, "rows", str)
-    need(rows in ("table", "touched"), "rows", f'is "{rows}"; it is table or touched')
     held_by = read_masks(config, arrays, layout, _units(arrays, layout, max(lists["submodels"]) + 1))
-    objective, seed = read_objective(config), value_of(config, "seed", int)
+    plans = [read_plan(config, number) for number in range(max(lists["plans"]) + 1)]
+    told, seed = [plans[number] for number in lists["plans"]], value_of(config, "seed", int)
     need(seed >= 0, "seed", f"is {seed}; it must not be negative")
     expires = value_of(config, "expires", float) if "expires" in config else None
-    received = [held_by[number] for number in lists["submodels"]]
-    if teaches(objective):
-        received = [Submodel.full(layout)] * count
-    cuts = _cuts(arrays, layout, lists["cuts"], received)
-    numbered = zip(*(lists[n] for n in ("tickets", "clients", "versions", "rates", "submodels", "cuts")), strict=True)
+    full, own = Submodel.full(layout), [held_by[number] for number in lists["submodels"]]
+    received = [full if teaches(objective) else held for held, (objective, _) in zip(own, told, strict=True)]
+    cuts = _cuts(arrays, layout, lists["cuts"], received, [codec.precision for _, codec in told])
+    numbered = zip(*(lists[n] for n in ("tickets", "clients", "versions", "rates", "cuts")), own, told, strict=True)
     orders = tuple(
-        Order(ticket, client, version, rate, held_by[submodel], objective, rows, cuts[cut], seed, expires)
-        for ticket, client, version, rate, submodel, cut in numbered
+        Order(ticket, client, version, rate, submodel, objective, codec, cuts[cut], seed, expires)
+        for ticket, client, version, rate, cut, submodel, (objective, codec) in numbered
     )
     private = flat(arrays, "private", np.float32) if "private" in arrays else None
     return Parcel(
@@ -173,19 +175,38 @@ def _units(arrays: ArrayRecord, layout: Layout, count: int) -> list[Submodel]:
     return submodels
 
 
-def _cuts(arrays: ArrayRecord, layout: Layout, cut_of: Sequence[int], submodels: Sequence[Submodel]) -> list[Tensors]:
-    """What each cut holds, from what each order's client receives."""
-    holder = dict(zip(cut_of, submodels, strict=True))
-    same = all(holder[number].held_key == held.held_key for number, held in zip(cut_of, submodels, strict=True))
-    need(same, "cuts", "gives one cut to orders that hold different units")
-    plans = [
-        (name, layout.shape(name, holder[number].widths), chosen(layout, holder[number], name, "held"))
-        for number in range(len(holder))
+def _blocks(layout: Layout, submodel: Submodel, precision: Precision) -> dict[str, Block]:
+    """What goes down of each tensor."""
+    return {
+        name: Block(layout.shape(name, submodel.widths), chosen(layout, submodel, name, "held"), precision)
         for name in layout.named("shared", "touched")
+    }
+
+
+def _cut(order: Order, layout: Layout, received: Submodel) -> Tensors:
+    """What an order's client receives, per kind of number. A row's scale is that of all its held units, masked or not."""
+    precision = order.codec.precision
+    rounded = Rounded(extract(order.model, layout, received.units), {})
+    if precision == "int8":
+        rounded = nearest(layout, rounded.tensors)
+    blocks = _blocks(layout, received, precision)
+    scales = {name: own[None] for name, own in rounded.scales.items()}
+    return together([block.write(rounded.tensors[name][None], scales.get(name)) for name, block in blocks.items()])
+
+
+def _cuts(
+    arrays: ArrayRecord, layout: Layout, cut_of: Sequence[int], submodels: Sequence[Submodel], precisions: Sequence[Precision]
+) -> list[Tensors]:
+    """What each cut holds, from what each order's client receives."""
+    told = list(zip(submodels, precisions, strict=True))
+    holder = dict(zip(cut_of, told, strict=True))
+    same = all(
+        holder[number][0].held_key == held.held_key and holder[number][1] == precision
+        for number, (held, precision) in zip(cut_of, told, strict=True)
+    )
+    need(same, "cuts", "gives one cut to orders that hold different units, or hold them differently")
+    plans = [_blocks(layout, *holder[number]) for number in range(len(holder))]
+    parts = picked_up(arrays, "model", precisions, [summed(blocks.values()) for blocks in plans])
+    return [
+        {name: tensor[0] for name, tensor in read_all(blocks, part).items()} for blocks, part in zip(plans, parts, strict=True)
     ]
-    sizes = [math.prod(shape) if mask is None else int(mask.sum()) for _, shape, mask in plans]
-    whole = torch.from_numpy(flat(arrays, "model", np.float32, sum(sizes)))
-    need(bool(torch.isfinite(whole).all()), "model", "holds a NaN or an infinite value")
-    tensors = [(n, with_gaps(part, shape, mask)) for part, (n, shape, mask) in zip(whole.split(sizes), plans, strict=True)]
-    each = len(plans) // len(holder)
-    return [dict(tensors[at : at + each]) for at in range(0, len(tensors), each)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,14 +13,14 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedprune.axes import Layout
+from fedprune.codec import Codec
 from fedprune.errors import FleetError
 from fedprune.exchange import Order, Updates
 from fedprune.fleet.trainer import Result
-from fedprune.flower.wire.entries import chosen, with_gaps, without_gaps
 from fedprune.flower.wire.fields import FORMAT, arrays_of, list_of, need, part_of, pieces, speaks, value_of
 from fedprune.flower.wire.orders import Parcel
-from fedprune.submodel import Submodel, positions
-from fedprune.types import Tensors
+from fedprune.flower.wire.packing import Precision, laid_out, picked_up
+from fedprune.flower.wire.updates import pack, plan, sizes_of, unpack
 
 
 @dataclass(frozen=True)
@@ -54,26 +54,31 @@ def write_reply(
 ) -> RecordDict:
     """The message content that answers a parcel.
 
-    A stack of one client is written as its order's `rows` says; larger stacks, which exist in simulations only, always by
+    A stack of one client is written as its order's codec says; larger stacks, which exist in simulations only, always by
     touched rows.
     """
-    update, rows, present, private, widths = [], [], [], [], []
+    update, rows, present, drawn, private, widths = [], [], [], [], [], []
+    codecs = {order.ticket: order.codec for order in parcel.orders}
     for stack in stacks:
-        if dense(len(stack.tickets), parcel.orders[0]):
+        codec = codecs[stack.tickets[0]]
+        if dense(len(stack.tickets), codec):
             updates = _as_table(stack.updates, layout)
         else:
             updates = _close_up(stack.updates, layout)
             rows.append(updates.rows.to(torch.int32).flatten())
         widths.append(updates.rows.shape[1])
-        present.append(torch.from_numpy(np.packbits(updates.present.numpy().flatten())))
-        update.append(_pack(updates, layout))
+        present.append(_packed(updates.present))
+        sent = None
+        if codec.sampled < 1:
+            sent = _sent(updates, layout)
+            drawn.append(_packed(sent))
+        update.append(pack(updates, layout, codec.precision, sent))
         if stack.private is not None:
             private.append(stack.private)
-    arrays = {"update": torch.cat(update), "present": torch.cat(present)}
-    if rows:
-        arrays["rows"] = torch.cat(rows)
-    if private:
-        arrays["private"] = torch.cat(private)
+    arrays = laid_out("update", [codec.precision for codec in codecs.values()], update)
+    for name, parts in (("present", present), ("rows", rows), ("drawn", drawn), ("private", private)):
+        if parts:
+            arrays[name] = torch.cat(parts)
     config = ConfigRecord(
         {
             "format": FORMAT,
@@ -90,7 +95,7 @@ def write_reply(
         "losses": [float(loss) for stack in stacks for loss in stack.losses],
         "work": [float(share) for stack in stacks for share in stack.work],
     }
-    if parcel.orders[0].objective.gate:
+    if any(order.objective.gate for order in parcel.orders):
         figures["gates"] = [float(gate) for stack in stacks for gate in stack.gates or [math.nan] * len(stack.tickets)]
     return RecordDict({"arrays": arrays_of(arrays), "metrics": MetricRecord(figures | dict(metrics or {})), "config": config})
 
@@ -110,7 +115,7 @@ def read_reply(
     config, arrays = part_of(content, "config", ConfigRecord), part_of(content, "arrays", ArrayRecord)
     figures = part_of(content, "metrics", MetricRecord)
     speaks(config)
-    for extra in set(arrays) - {"update", "rows", "present", "private"}:
+    for extra in set(arrays) - {"update", "codes", "halves", "rows", "present", "drawn", "private"}:
         raise FleetError(f'field "{extra}" is none that a reply has')
     need(value_of(config, "run", str) == run, "run", "is of another run")
     version = max(order.version for order in orders)
@@ -124,8 +129,8 @@ def read_reply(
     need(min(widths) > 0 and max(widths) <= items, "stack-rows", f"must be in 1..{items}; got {widths[:5]}")
     lists = {"examples": list_of(figures, "examples", int), "losses": list_of(figures, "losses", float)}
     lists["work"] = list_of(figures, "work", float)
-    judged = orders[0].objective.gate
-    need(judged or "gates" not in figures, "gates", "was not asked for")
+    judged = {order.ticket for order in orders if order.objective.gate}
+    need(bool(judged) or "gates" not in figures, "gates", "was not asked for")
     if judged:
         lists["gates"] = list_of(figures, "gates", float)
         need(all(math.isnan(v) or 0 <= v <= 1 for v in lists["gates"]), "gates", "must be in [0, 1], or NaN where unknown")
@@ -148,24 +153,24 @@ def read_reply(
     for group, update, own in zip(groups, updates, owned, strict=True):
         part = slice(at, at + len(group))
         examples, losses, work = (tuple(lists[name][part]) for name in ("examples", "losses", "work"))
-        told = tuple(lists["gates"][part]) if judged else None
+        told = tuple(lists["gates"][part]) if judged.issuperset(group) else None
         result.append(Stacked(tuple(group), update, examples, losses, work, own, told))
         at += len(group)
     return result
 
 
-def dense(clients: int, order: Order) -> bool:
+def dense(clients: int, codec: Codec) -> bool:
     """Whether all item rows of a stack of so many clients travel, so that its size tells nothing about the client."""
-    return order.rows == "table" and clients == 1
+    return codec.rows == "table" and clients == 1
 
 
 def _read_stacks(
     arrays: ArrayRecord, layout: Layout, members: Sequence[Sequence[Order]], widths: Sequence[int]
 ) -> list[Updates]:
-    items, full = layout.items, [dense(len(group), group[0]) for group in members]
+    items, full = layout.items, [dense(len(group), group[0].codec) for group in members]
     for group, rows, whole in zip(members, widths, full, strict=True):
-        alike = {(order.submodel.units_key, order.submodel.through) for order in group}
-        need(len(alike) == 1, "stack-clients", "stacks clients of unequal submodels")
+        alike = {(order.submodel.units_key, order.submodel.through, order.codec) for order in group}
+        need(len(alike) == 1, "stack-clients", "stacks clients of unequal submodels or codecs")
         need(not whole or rows == items, "stack-rows", f"is {rows}; all {items} rows were asked for")
     listed = [0 if whole else len(g) * rows for g, rows, whole in zip(members, widths, full, strict=True)]
     named = pieces(arrays, "rows", np.int32, listed) if any(listed) else [np.zeros(0, np.int32)] * len(listed)
@@ -174,27 +179,51 @@ def _read_stacks(
         own = torch.arange(items) if whole else torch.from_numpy(values.astype(np.int64)).reshape(len(group), width)
         need(bool(((own >= 0) & (own < items)).all()), "rows", f"must be in 0..{items - 1}")
         rows_of.append(own.expand(len(group), width))
-    bits = [-(-len(group) * rows // 8) for group, rows in zip(members, widths, strict=True)]
-    present_part = iter(pieces(arrays, "present", np.uint8, bits))
-    sizes = [
-        sum(_entries(layout, order.submodel, own) for order, own in zip(group, rows, strict=True))
-        for group, rows in zip(members, rows_of, strict=True)
-    ]
-    update_part = iter(pieces(arrays, "update", np.float32, sizes))
-    result = []
-    for group, rows in zip(members, rows_of, strict=True):
-        shape, packed, flat = tuple(rows.shape), next(present_part), torch.from_numpy(next(update_part))
-        need(bool(torch.isfinite(flat).all()), "update", "holds a NaN or an infinite value")
-        present = torch.from_numpy(np.unpackbits(packed)[: rows.numel()].astype(bool)).reshape(shape)
+    present_of = _flags(arrays, "present", [tuple(rows.shape) for rows in rows_of])
+    some = [group[0].codec.sampled < 1 for group in members]
+    need(any(some) or "drawn" not in arrays, "drawn", "was not asked for")
+    shapes = [tuple(rows.shape) if sampled else (0, 0) for sampled, rows in zip(some, rows_of, strict=True)]
+    drawn_of = _flags(arrays, "drawn", shapes) if any(some) else present_of
+    plans = []
+    for group, rows, present, drawn in zip(members, rows_of, present_of, drawn_of, strict=True):
         need(bool(present.any(1).all()), "present", "says that a client trained no row")
         distinct = [int(there.sum()) == len(torch.unique(own[there])) for own, there in zip(rows, present, strict=True)]
         need(all(distinct), "rows", "names a row twice")
-        tensors = _unpack(flat, layout, [order.submodel for order in group], rows)
+        sent = drawn if group[0].codec.sampled < 1 else None
+        need(sent is None or not bool((sent & ~present).any()), "drawn", "names rows that were not trained")
+        plans.append(plan(layout, [order.submodel for order in group], rows, group[0].codec.precision, sent))
+    precisions: list[Precision] = [order.codec.precision for group in members for order in group]
+    parts = picked_up(arrays, "update", precisions, [sizes_of(own) for own in plans])
+    result = []
+    for group, rows, present, own, part in zip(members, rows_of, present_of, plans, parts, strict=True):
+        submodels, precision = tuple(order.submodel for order in group), group[0].codec.precision
+        tensors = unpack(part, layout, submodels, rows.shape[1], own)
         for name in layout.named("touched"):
-            away = ~present.reshape(*shape, *[1] * (tensors[name].dim() - 2))
-            need(not bool((tensors[name] * away).any()), "update", "changes rows that it says were not trained")
-        result.append(Updates(tuple(order.submodel for order in group), rows, present, tensors))
+            away = ~present.reshape(*rows.shape, *[1] * (tensors[name].dim() - 2))
+            kind = "update" if precision == "float32" else "codes" if len(layout.tensors[name]) > 1 else "halves"
+            need(not bool((tensors[name] * away).any()), kind, "changes rows that it says were not trained")
+        result.append(Updates(submodels, rows, present, tensors))
     return result
+
+
+def _packed(flags: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(flags.numpy().flatten()))
+
+
+def _flags(arrays: ArrayRecord, name: str, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """The inverse of `_packed`, for several that lie end to end."""
+    parts = pieces(arrays, name, np.uint8, [-(-math.prod(shape) // 8) for shape in shapes])
+    flags = [np.unpackbits(part)[: math.prod(shape)].astype(bool) for part, shape in zip(parts, shapes, strict=True)]
+    return [torch.from_numpy(own).reshape(shape) for own, shape in zip(flags, shapes, strict=True)]
+
+
+def _sent(updates: Updates, layout: Layout) -> Tensor:
+    """Rows of which something is not zero, `[clients, rows]`: those that were drawn, as far as anybody can tell."""
+    sent = torch.zeros_like(updates.present)
+    for name in layout.named("touched"):
+        changed = updates.tensors[name] != 0
+        sent |= changed.flatten(2).any(2) if changed.dim() > 2 else changed
+    return sent & updates.present
 
 
 def _read_private(arrays: ArrayRecord, groups: Sequence[Sequence[int]], sizes: Mapping[int, int] | None) -> list[Tensor | None]:
@@ -208,14 +237,15 @@ def _read_private(arrays: ArrayRecord, groups: Sequence[Sequence[int]], sizes: M
 def _as_table(updates: Updates, layout: Layout) -> Updates:
     """One client's update with all item rows, zero where it trained none."""
     (present,), (rows,) = updates.present, updates.rows
-    tensors = dict(updates.tensors)
-    for name in layout.named("touched"):
-        whole = torch.zeros(layout.items, *tensors[name].shape[2:])
-        whole[rows[present]] = tensors[name][0][present]
-        tensors[name] = whole[None]
+
+    def spread(tensor: Tensor) -> Tensor:
+        whole = torch.zeros(layout.items, *tensor.shape[2:], dtype=tensor.dtype)
+        whole[rows[present]] = tensor[0][present]
+        return whole[None]
+
     flags = torch.zeros(layout.items, dtype=torch.bool)
     flags[rows[present]] = True
-    return replace(updates, rows=torch.arange(layout.items)[None], present=flags[None], tensors=tensors)
+    return _with_rows(updates, layout, torch.arange(layout.items)[None], flags[None], spread)
 
 
 def _close_up(updates: Updates, layout: Layout) -> Updates:
@@ -225,87 +255,14 @@ def _close_up(updates: Updates, layout: Layout) -> Updates:
         return updates
     order = updates.present.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
     client = torch.arange(len(order))[:, None]
-    tensors = {n: t[client, order] if layout.kind(n) == "touched" else t for n, t in updates.tensors.items()}
-    return replace(updates, rows=updates.rows[client, order], present=updates.present[client, order], tensors=tensors)
+    present = updates.present[client, order]
+    return _with_rows(updates, layout, updates.rows[client, order], present, lambda tensor: tensor[client, order])
 
 
-def _pack(updates: Updates, layout: Layout) -> Tensor:
-    """The trained entries of every client of a stack, client after client, as far as they are there; float32 `[entries]`."""
-    parts = []
-    for places in _alike(updates.submodels):
-        submodel, rows, columns = updates.submodels[places[0]], updates.rows[places[0]], []
-        for name in layout.named("shared", "touched"):
-            part = updates.tensors[name][places]
-            for axis, inside in _trained(layout, name, submodel):
-                part = part.index_select(axis, inside)
-            mask = chosen(layout, submodel, name, "trained", rows)
-            columns.append(part.flatten(1) if mask is None else without_gaps(part[0], mask)[None])
-        parts.append(torch.cat(columns, 1).flatten())
-    return torch.cat(parts)
-
-
-def _unpack(flat: Tensor, layout: Layout, submodels: Sequence[Submodel], rows: Tensor) -> Tensors:
-    """The inverse of `_pack`: tensors at held width, zero where not trained."""
-    held, width = submodels[0].widths, rows.shape[1]
-    shapes = {
-        name: ((width,) if layout.kind(name) == "touched" else ())
-        + tuple(layout.extent(d, held) for d in layout.tensors[name][1 if layout.kind(name) == "touched" else 0 :])
-        for name in layout.named("shared", "touched")
-    }
-    result = {name: torch.zeros(len(submodels), *shape) for name, shape in shapes.items()}
-    at = 0
-    for places in _alike(submodels):
-        submodel, own = submodels[places[0]], rows[places[0]]
-        entries = _entries(layout, submodel, own)
-        part = flat[at : at + entries * len(places)].reshape(len(places), entries)
-        at += entries * len(places)
-        column = 0
-        for name, shape in shapes.items():
-            inside = dict(_trained(layout, name, submodel))
-            mesh = [inside.get(axis, torch.arange(n)) for axis, n in enumerate(shape, start=1)]
-            extents, mask = [len(m) for m in mesh], chosen(layout, submodel, name, "trained", own)
-            size = math.prod(extents) if mask is None else int(mask.sum())
-            values = part[:, column : column + size]
-            values = values.reshape(len(places), *extents) if mask is None else with_gaps(values[0], extents, mask)[None]
-            column += size
-            if values.shape[1:] == tuple(shape):
-                result[name][places] = values
-            else:
-                result[name][torch.meshgrid(torch.tensor(places), *mesh, indexing="ij")] = values
-    return result
-
-
-def _alike(submodels: Sequence[Submodel]) -> list[list[int]]:
-    """Places of clients whose updates are packed in one go: all of them, if they train the same and lack no entries."""
-    everybody = list(range(len(submodels)))
-    alike = len({submodel.key for submodel in submodels}) == 1 and not submodels[0].entries
-    return [everybody] if alike else [[place] for place in everybody]
-
-
-def _trained(layout: Layout, name: str, submodel: Submodel) -> list[tuple[int, Tensor]]:
-    """Per prunable axis of a stacked tensor, the places of the trained units among the held ones."""
-    result = []
-    for axis, dimension in enumerate(layout.tensors[name]):
-        if axis == 0 and layout.kind(name) == "touched":
-            continue
-        held = positions(layout, dimension, submodel.held)
-        inside = torch.isin(held, positions(layout, dimension, submodel.trained)).nonzero()[:, 0]
-        if len(inside) < len(held):
-            result.append((axis + 1, inside))
-    return result
-
-
-def _entries(layout: Layout, submodel: Submodel, rows: Tensor) -> int:
-    """Trained entries of one client, in these rows of the touched tensors, that are there."""
-    if not submodel.entries:
-        return layout.parameters(submodel.trained_widths, len(rows))
-    total = 0
-    for name in layout.named("shared", "touched"):
-        mask, widths = chosen(layout, submodel, name, "trained", rows), submodel.trained_widths
-        if mask is not None:
-            total += int(mask.sum())
-        elif layout.kind(name) == "touched":
-            total += len(rows) * layout.row_entries(name, widths)
-        else:
-            total += math.prod(layout.shape(name, widths))
-    return total
+def _with_rows(updates: Updates, layout: Layout, rows: Tensor, present: Tensor, laid: Callable[[Tensor], Tensor]) -> Updates:
+    """The same with other rows, and the touched tensors and their scales laid out accordingly."""
+    tensors, scales = (
+        {name: laid(own) if layout.kind(name) == "touched" else own for name, own in which.items()}
+        for which in (updates.tensors, updates.scales)
+    )
+    return replace(updates, rows=rows, present=present, tensors=tensors, scales=scales)

@@ -1,0 +1,170 @@
+"""Devices whose memory cannot hold the full model: who they are, what they get, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from files import SETTINGS, settings
+from world import world
+
+from fedprune.config import Settings, read
+from fedprune.devices import limited
+from fedprune.errors import ConfigError
+from fedprune.evaluation import average, quality, rank_held_out
+from fedprune.experiment import digest
+from fedprune.record import RunRecord
+from fedprune.serving import own_submodels, scorer
+from fedprune.simulation import Simulation, prepare, read_data, run
+from fedprune.strategy import one_round
+from fedprune.submodel import Submodel
+
+TABLE = replace(world().fleet.devices, slowness=np.array([1.0, 3.0, 2.0, 3.0]), flops=np.ones(4))
+
+
+def tight(share: float, **how: object) -> list[int]:
+    capacity = limited(TABLE, share, 0.25, **how).capacity  # type: ignore[arg-type]
+    assert capacity is not None and set(capacity.tolist()) <= {0.25, 1.0}
+    return np.flatnonzero(capacity < 1).tolist()
+
+
+def test_the_slowest_are_limited():
+    assert tight(0.5) == [1, 3]
+    assert tight(0.25) == [1], "of equals the first"
+    assert tight(0.75) == [1, 2, 3]
+    assert tight(0.01) == [1], "at least one"
+    assert tight(1.0) == [0, 1, 2, 3]
+    assert limited(TABLE, 0.0, 0.25) is TABLE
+
+
+def test_or_any():
+    drawn = [tuple(tight(0.5, who="random", seed=seed)) for seed in range(20)]
+    assert {len(them) for them in drawn} == {2} and len(set(drawn)) > 2
+    assert drawn[3] == tuple(tight(0.5, who="random", seed=3))
+
+
+# ---- what they get ---------------------------------------------------------------------------------------------------
+
+FITTING = {
+    "fedavg": [],
+    "skip": ["skip.pace=1.5"],
+    "deadline": ["deadline.within=25.0"],
+    "smallest": ["smallest.rate=0.75"],
+    "heterofl": ["sigma=2"],
+    "adaptcl": ["adaptcl.interval=1"],
+    "fedbuff": ["fedbuff.buffer=5"],
+    "ss_sad": ["ss_sad.taught=false", "ss_sad.rate=1.0"],
+    "sp_sad": ["distillation.teacher=sent", "distillation.weight=0.5"],
+}
+
+
+def chosen(folder: Path, strategy: str, *changes: str) -> Settings:
+    memory = ["memory_limited=0.4", "memory_rate=0.375", f"strategy={strategy}"]
+    return read(settings(folder), [*memory, *changes]).only(strategy)
+
+
+def simulated(of: Settings) -> Simulation:
+    return prepare(of, read_data(of))
+
+
+def check(here: Simulation, clients: Iterable[int], submodels: Iterable[Submodel]) -> set[int]:
+    """Which of the clients were limited; none of them has more than its room."""
+    capacity, layout = here.fleet.devices.capacity, here.state.layout
+    assert capacity is not None
+    found = set()
+    for client, submodel in zip(clients, submodels, strict=True):
+        if capacity[client] < 1:
+            found.add(client)
+            assert all(submodel.widths[axis] <= most for axis, most in layout.widths(capacity[client]).items())
+    return found
+
+
+@pytest.mark.parametrize("recommender", ["mf", "neumf"])
+@pytest.mark.parametrize("strategy", FITTING)
+def test_limited_devices_never_get_more(tmp_path: Path, strategy: str, recommender: str):
+    """Neither to train nor to serve from, whatever the rate learner thinks of them."""
+    here = simulated(chosen(tmp_path, strategy, *FITTING[strategy], f"recommender={recommender}"))
+    capacity = here.fleet.devices.capacity
+    assert capacity is not None and (capacity < 1).sum() == 12
+    state, _ = here.begin()
+    everybody, trained, free = list(range(here.clients)), set(), False
+    for _ in range(5):
+        state, happened = one_round(here.strategy, state, here.fleet)
+        trained |= check(here, [o.client for o in happened.orders], [o.submodel for o in happened.orders])
+        wide = [o.submodel.widths["latent"] > 3 for o in happened.orders if capacity[o.client] == 1]
+        free = free or any(wide)
+        assert check(here, everybody, here._submodels(state)) == set(np.flatnonzero(capacity < 1))
+    assert trained and free, "limited and free devices took part"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes", "text"),
+    [
+        ("window", [], 'window has devices hold 8 of 8 units of "latent", and memory_rate 0.375 leaves room for 3'),
+        ("lth_sad", [], "masks do not make a model smaller"),
+        ("lth_sad", ["lth_sad.taught=false"], "masks do not make a model smaller"),
+        ("dpf", [], "masks do not make a model smaller"),
+        ("sp_sad", [], 'the whole model teach on the device .*set distillation.teacher to "sent"'),
+        ("fedavg", ["distillation.teacher=local", "distillation.weight=0.5"], "the whole model teach on the device"),
+        ("fedavg", ["memory_rate=0.01"], "memory_rate is 0.01; the smallest rate for this model is 0.125"),
+        ("fedavg", ["memory_rate=1.0"], "memory_rate = 1.0"),
+        ("fedavg", ["memory_limited=1.5"], "memory_limited = 1.5"),
+        ("fedavg", ["memory_who=poorest"], "memory_who = 'poorest'"),
+        ("fedavg", ["fedavg.memory_limited=0.2"], "the same for all that is compared"),
+    ],
+)
+def test_refused_before_anything_runs(tmp_path: Path, strategy: str, changes: list[str], text: str):
+    with pytest.raises(ConfigError, match=text):
+        run(chosen(tmp_path, strategy, *changes), tmp_path / "out")
+
+
+@pytest.mark.parametrize("strategy", ["window", "lth_sad", "sp_sad"])
+def test_without_limits_they_run(tmp_path: Path, strategy: str):
+    assert simulated(chosen(tmp_path, strategy, "memory_limited=0")).fleet.devices.capacity is None
+
+
+# ---- what is said of them --------------------------------------------------------------------------------------------
+
+
+def test_a_figure_of_their_users(tmp_path: Path):
+    """Each scored by its own device's submodel; `_global` by the whole model."""
+    here = simulated(chosen(tmp_path, "fedavg", "memory_who=random", *["noise=0.0", "dropout=0.0"]))
+    state, capacity = one_round(here.strategy, here.state, here.fleet)[0], here.fleet.devices.capacity
+    assert capacity is not None
+    found, private = here.evaluate(state)["test"], here.fleet.population.private.values
+    users = (capacity < 1)[here.client_of_user]
+    own = own_submodels(here.client_of_user, here._submodels(state))
+    seen, held_out = here.split.seen_before_test(), here.split.test
+    for suffix, score in {
+        "": scorer(here.recommender, state.model, private, own),
+        "_global": scorer(here.recommender, state.model, private),
+    }.items():
+        for key, value in average(quality(rank_held_out(score, seen, held_out)), users).items():
+            assert found[f"{key}_limited{suffix}"] == value
+    assert found["ndcg10_expected_limited"] != found["ndcg10_expected_slow"]
+
+
+def test_summaries_say_it_where_there_are_any(tmp_path: Path):
+    some = run(chosen(tmp_path, "fedavg"), tmp_path / "some")
+    none = run(chosen(tmp_path, "fedavg", "memory_limited=0"), tmp_path / "none")
+    for key in ("hr10_full", "ndcg10_full", "hr10_expected", "ndcg10_expected"):
+        assert none[f"{key}_limited"] is None and 0 <= some[f"{key}_limited"] <= 1
+    (folder,) = (tmp_path / "none").glob("*/seed0")
+    for event in RunRecord(folder).events():
+        assert not any("_limited" in key for key in event.get("evaluation", {}).get("test", {}))
+
+
+def test_no_limits_change_nothing(tmp_path: Path):
+    """Bit for bit, whatever else would hold if there were any."""
+    plain = simulated(read(settings(tmp_path, SETTINGS)).only("fedavg"))
+    named = simulated(chosen(tmp_path, "fedavg", "memory_limited=0", "memory_who=random"))
+    ends = []
+    for here in (plain, named):
+        state = here.state
+        for _ in range(3):
+            state, _ = one_round(here.strategy, state, here.fleet)
+        ends.append((digest(state.model), here.evaluate(state)))
+    assert ends[0] == ends[1]
