@@ -1,0 +1,171 @@
+"""Runs for `spending.py`: from settings to a curve of quality over virtual time, one file per run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from fedprune.config import read
+from fedprune.devices import CLASSES
+from fedprune.gather import Gather
+from fedprune.merge import Adam
+from fedprune.rates import ByCapability, Learned
+from fedprune.record import line
+from fedprune.simulation import prepare, read_data
+from fedprune.spending import Mix
+from fedprune.strategy import Strategy, one_round
+
+HERE = Path(__file__).parent
+CONFIG = HERE.parent / "configs" / "budget.toml"
+OUT = Path("results") / "spending"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        arm: what it is called.
+        changes: of `configs/budget.toml`, `strategy=...` among them.
+        variant: a change of the strategy that no setting makes (`VARIANTS`).
+        every: seconds between evaluations, at sigma 1.
+        until: at the latest, likewise.
+        patience: evaluations without a better one after which it stops.
+    """
+
+    arm: str
+    changes: tuple[str, ...]
+    seed: int
+    variant: str = ""
+    every: float = 4.0
+    until: float = 1300.0
+    patience: int = 25
+
+    @property
+    def file(self) -> Path:
+        """Where its result is kept."""
+        about = json.dumps([self.changes, self.variant, self.every, self.until, self.patience])
+        return (
+            OUT / f"{self.arm.replace(' ', '_')}-{hashlib.blake2b(about.encode(), digest_size=5).hexdigest()}-{self.seed}.json"
+        )
+
+
+CHEAP = Mix(negatives=3, lr_private=0.08, precision="int8")
+
+
+def _cheap(strategy: Strategy, mix: Mix = CHEAP, server_lr: float = 0.015) -> Strategy:
+    return replace(strategy, spending=mix, merge=replace(strategy.merge, optimiser=Adam(server_lr)))
+
+
+VARIANTS: dict[str, Callable[[Strategy], Strategy]] = {
+    "": lambda s: s,
+    "cheap width": lambda s: _cheap(s, replace(CHEAP, width=1.0), 0.008),
+    "cheap width, taught": lambda s: _cheap(s, replace(CHEAP, width=1.0, taught=0.5), 0.008),
+    "learned width": lambda s: replace(_cheap(s, replace(CHEAP, width=1.0), 0.008), rates=Learned()),
+    "learned examples": lambda s: replace(_cheap(s, replace(CHEAP, examples=1.0, weigh=True)), rates=Learned()),
+    "half and half": lambda s: replace(
+        s, rates=ByCapability(), spending=replace(CHEAP, width=0.5), gather=Gather(pace=3.0, late="keep", refill=16)
+    ),
+    "sampled": lambda s: replace(s, spending=replace(s.spending, sampled=0.5)) if isinstance(s.spending, Mix) else s,
+    "unweighted": lambda s: replace(s, merge=replace(s.merge, weights="equal")),
+    "no refill": lambda s: replace(s, gather=replace(s.gather, refill=0)),
+}  # fmt: skip
+
+
+def learn(job: Job) -> dict[str, Any]:
+    """Run it, unless its result is there."""
+    if job.file.exists():
+        return json.loads(job.file.read_text())
+    torch.set_num_threads(1)
+    settings = read(CONFIG, [*job.changes, f"seed={job.seed}"])
+    settings = settings.only(settings.strategy)
+    simulation = prepare(settings, read_data(settings))
+    simulation = replace(simulation, strategy=VARIANTS[job.variant](simulation.strategy))
+    state, event = simulation.begin()
+    fleet, every = simulation.fleet, job.every * settings.sigma ** (0.0 if settings.strategy == "fedprune" else 1.0)
+    joules, due, best, flat, reports = sum(event["joules"].values()), 0.0, 0.0, 0, 0
+    moved, asked, curve = dict.fromkeys(("flops", "bytes_down", "bytes_up"), 0.0), set(), []
+    while fleet.now() < job.until * settings.sigma and flat < job.patience:
+        state, done = one_round(simulation.strategy, state, fleet)
+        asked |= {order.client for order in done.orders}
+        happened = line(done)
+        joules += sum(happened["joules"].values())
+        reports += happened["reports"]
+        moved = {name: value + happened[name] for name, value in moved.items()}
+        if fleet.now() >= due:
+            due = fleet.now() + every
+            silent = [client for client in range(simulation.clients) if client not in asked]
+            here = simulation.evaluate(state, silent)
+            value = here["validation"]["ndcg10_expected"]
+            best, flat = (value, 0) if value > best else (best, flat + 1)
+            point = {key: here["test"].get(key) for key in ("ndcg10_expected", "ndcg10_expected_slow", "ndcg10_full")}
+            curve.append({"seconds": fleet.now(), "joules": joules, "validation": value, "reports": reports} | point)
+    spread = simulation.heterogeneity()
+    result = {"arm": job.arm, "seed": job.seed, "curve": curve, "reports": reports, "rounds": state.version}
+    result |= {name: value / max(reports, 1) for name, value in moved.items()} | {"ceiling": spread["ceiling"]}
+    job.file.parent.mkdir(parents=True, exist_ok=True)
+    job.file.write_text(json.dumps(result))
+    return result
+
+
+def gathered(jobs: Sequence[Job], processes: int) -> dict[Job, dict[str, Any]]:
+    """All results; progress on standard error is one line per run."""
+    if processes == 1:
+        return {job: learn(job) for job in jobs}
+    found: dict[Job, dict[str, Any]] = {}
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(learn, job): job for job in jobs}
+        for number, future in enumerate(as_completed(waiting), 1):
+            job = waiting[future]
+            found[job] = future.result()
+            print(f"{number} of {len(jobs)}: {job.arm}, seed {job.seed}", flush=True)
+    return found
+
+
+# ---- what a run came to ----------------------------------------------------------------------------------------------
+
+
+def reached(result: dict[str, Any], target: float, what: str = "seconds") -> float | None:
+    """Virtual seconds (or joules) when validation first met a target."""
+    return next((point[what] for point in result["curve"] if point["validation"] >= target), None)
+
+
+def final(result: dict[str, Any]) -> dict[str, Any]:
+    """Quality where validation was best."""
+    return max(result["curve"], key=lambda point: point["validation"])
+
+
+def stretch(result: dict[str, Any], full: dict[str, Any], device_class: str) -> float:
+    """How much longer an order of this run takes on devices of another class than on balanced ones.
+
+    With equal work and linear devices every order's seconds are slowness times the same sum over download, training and
+    upload, so a run on another class is the same run on a slower or faster clock. Shares are of `full`'s report.
+    """
+
+    def report(name: str) -> float:
+        down, training, up = CLASSES[name]
+        return (
+            down * result["bytes_down"] / full["bytes_down"]
+            + training * result["flops"] / full["flops"]
+            + up * result["bytes_up"] / full["bytes_up"]
+        )
+
+    return (report(device_class) / sum(CLASSES[device_class])) / (report("balanced") / sum(CLASSES["balanced"]))
+
+
+def mean(values: Sequence[float | None], form: str = ",.0f") -> str:
+    """Mean ± standard deviation, and how many there are if some are missing."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "never"
+    text = format(fmean(known), form) + (f" ± {format(stdev(known), form)}" if len(known) > 1 else "")
+    return text + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
