@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,9 +105,9 @@ class Merge:
             raise ConfigError(f'merge over "{self.over}"; it is holders, cohort or common')
         if self.weights not in ("equal", "examples", "period", "coverage"):
             raise ConfigError(f'merge weights "{self.weights}"; they are equal, examples, period or coverage')
-        if self.discount < 0:
+        if not 0 <= self.discount < math.inf:
             raise ConfigError(f"discount is {self.discount}; it is an exponent of 1/(1 + staleness), so not negative")
-        if self.damp < 0:
+        if not 0 <= self.damp < math.inf:
             raise ConfigError(f"damp is {self.damp}; it is an exponent of a share, so not negative")
         if not 0 <= self.scaling <= 1 or (self.among is not None and self.among < 1):
             raise ConfigError(f"scaling is {self.scaling} and among {self.among}; they must be in [0, 1] and at least 1")

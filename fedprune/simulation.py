@@ -297,7 +297,8 @@ def warm_start_event(experiment: Simulation) -> dict[str, Any]:
     rows = population.positives_of_client.astype(float)
     if settings.workload == "equal":
         rows = np.full_like(rows, rows.mean())
-    moved = times * 4.0 * latent * (rows if settings.rows == "touched" else np.full_like(rows, population.items))
+    shared = np.minimum(rows, population.items)  # a silo's users share rows
+    moved = times * 4.0 * latent * (shared if settings.rows == "touched" else np.full_like(rows, population.items))
     flops = times * 4.0 * latent * rows
     parts = {"download": moved / devices.bytes_down, "training": flops / devices.flops, "teacher": np.zeros_like(rows)}
     parts["upload"] = moved / devices.bytes_up

@@ -42,11 +42,16 @@ def main_jobs(seeds: int, fleets: Sequence[str], sigmas: Sequence[int], extra: S
     jobs = []
     for seed in range(seeds):
         for fleet in fleets:
-            own = [*extra, *(["silos=10"] if fleet == "silos" else [])]
-            jobs += [Job(name, (f"strategy={name}", "sigma=10", *own), seed) for name in NAMES[:2]]
+            own = [*extra, *(["silos=10", "warm_start=3"] if fleet == "silos" else [])]
+            jobs.append(Job("fedavg", ("strategy=fedavg", "sigma=10", *own), seed, until=2400.0))
+            jobs.append(Job("fedavg_tuned", ("strategy=fedavg_tuned", "sigma=10", *own), seed))
             for sigma in sigmas:
                 jobs.append(Job("skip", ("strategy=skip", f"sigma={sigma}", *own), seed))
-                jobs.append(Job("fedprune", ("strategy=fedprune", "fedprune.precision=int8", f"sigma={sigma}", *own), seed))
+                ours = [
+                    "fedprune.precision=int8",
+                    *(["fedprune.share=0.6"] if fleet == "silos" else []),
+                ]
+                jobs.append(Job("fedprune", ("strategy=fedprune", *ours, f"sigma={sigma}", *own), seed))
     return jobs
 
 

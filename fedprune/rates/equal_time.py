@@ -35,7 +35,8 @@ class EqualTime:
     g(phi*) = g_0 + g[phi_0,phi_1] (phi* - phi_0) + g[phi_0,phi_1,phi_2] (phi* - phi_0)(phi* - phi_1) + ...
 
     With one point, where a larger retention took no longer, or where the value is not in (0, g (1 - smallest_step)), the
-    proportional g phi*/phi takes its place. Pruning is one-way: nothing grows again.
+    proportional g phi*/phi takes its place. Pruning is one-way: nothing grows again,
+    so noise ratchets (`simulations/rate_learners.py`).
 
     phi* is the time of the client that was fastest at its first measurement, the reference, which keeps the whole model; it
     is smoothed. A client first heard of later may still prove faster and take its place; and where the reference is not heard
