@@ -102,7 +102,7 @@ class Settings(BaseModel):
         general = {key: value for key, value in table.items() if key not in own}
         for key in general:
             if key not in Settings.model_fields or key in ("tables", "strategies", "strategy"):
-                raise ConfigError(f"[{strategy}]: {unknown('setting', key, [*own, *_general()])}")
+                raise ConfigError(f"[{strategy}]: {unknown('setting', key, sorted({*own, *_general()}))}")
             if key in COMMON:
                 raise ConfigError(f'[{strategy}]: "{key}" is the same for all that is compared; set it outside the table')
         if self.cohort is not None and "cohort" in own:

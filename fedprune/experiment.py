@@ -44,7 +44,7 @@ class Experiment(Protocol):
 
     @property
     def strategy(self) -> Strategy:
-        """The eight answers."""
+        """The nine answers."""
         ...
 
     @property

@@ -71,8 +71,10 @@ class Gather:
             again: sends orders to who has become free, and says which; it is told who has been lost.
         """
         if self.beat and target is not None:
-            within = target if math.isfinite(target) else None
-            return replace(self, within=within, count=None, pace=None, beat=False)(fleet, orders, again=again)
+            beats = math.isfinite(target)
+            within, refill = (target, self.refill) if beats else (None, 0)
+            gather = replace(self, within=within, count=None, pace=None, beat=False, refill=refill)
+            return gather(fleet, orders, again=again)
         reports: list[Report] = []
         lost: list[Lost] = []
         sent = fleet.now()
@@ -93,7 +95,8 @@ class Gather:
                 lost.append(event)
                 continue
             reports.append(event)
-            if self.refill and len(reports) % few == 0:
+            full = self.count is not None and len(reports) >= self.count  # the next version is about to come
+            if self.refill and len(reports) % few == 0 and not full:
                 missing |= {order.ticket for order in again(lost)}
             if own and self.pace is not None:
                 reached = sent + (1 + HAIR) * self.pace * (event.finished - sent)

@@ -33,6 +33,10 @@ class Average:
 
     lr: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"the server's rate is {self.lr}; it must be above 0, and 1 takes the mean as it is")
+
     def step(self, memory: Tensors, name: str, mean: Tensor, covered: Tensor) -> Tensor:
         """lr times the mean."""
         return mean if self.lr == 1.0 else self.lr * mean
@@ -50,6 +54,10 @@ class Adam:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"the server's rate is {self.lr}; it must be above 0, and about .01 suits most recommenders")
 
     def step(self, memory: Tensors, name: str, mean: Tensor, covered: Tensor) -> Tensor:
         """lr * m_hat / (sqrt(v_hat) + epsilon)."""

@@ -154,6 +154,11 @@ class Population:
         """Training interactions per client."""
         return self._per_client(np.diff(self.starts))
 
+    @cached_property
+    def users_of_client(self) -> IntArray:
+        """How many each has."""
+        return np.array([len(users) for users in self.users_of])
+
     def examples_of_client(self, objective: Objective) -> IntArray:
         """Examples per client and epoch: positives, and negatives as far as the catalogue has unseen items."""
         negatives = _negatives(objective)
@@ -166,11 +171,11 @@ class Population:
     def listed_of_client(self, objective: Objective) -> IntArray:
         """Items on the teacher's lists per client (at most: a user who has seen nearly everything has a shorter one)."""
         top = 0 if objective.distillation is None else objective.distillation.top
-        return top * np.array([len(users) for users in self.users_of])
+        return top * self.users_of_client
 
     def rows_of_client(self, objective: Objective) -> IntArray:
         """Upper bound of the touched rows per client (reached with one user per client)."""
-        judged = np.array([len(users) for users in self.users_of]) if objective.gate else 0
+        judged = self.users_of_client if objective.gate else 0
         return np.minimum(self.examples_of_client(objective) + self.listed_of_client(objective) + judged, self.items)
 
     def stacks(self, clients: Sequence[ClientId], objective: Objective, limit: int) -> list[list[int]]:

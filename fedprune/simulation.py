@@ -109,7 +109,7 @@ class Simulation:
         held = self._submodels(state)
         if silent and settings.listen_steps:
             listen(
-                recommender, self.listeners, state.model, silent, self.strategy.objective,
+                recommender, self.listeners, state.model, silent, self.strategy.served,
                 steps=settings.listen_steps, seed=settings.seed, version=state.version,
                 submodels=[held[client] for client in silent],
             )  # fmt: skip

@@ -70,10 +70,10 @@ class Mix:
         weigh: fewer negatives weigh more, so that their sum is expected to be that of the experiment's.
         lr_private: of the private rows of who reports every round; None: the experiment's.
         stride: private rows that are trained every p-th round go p^stride times as far.
-        precision: of what travels; "auto": int8 where a device spends at least `worth` of a report on moving bytes, and
-            where that is not known yet.
-        sampled: share of the touched rows that go up, drawn by size and weighted by 1/chance; "auto": half of them where
-            the upload alone takes most of a report.
+        precision: of what travels; None: the strategy's codec's; "auto": int8 where a device spends at least `worth` of a
+            report on moving bytes, and where that is not known yet.
+        sampled: share of the touched rows that go up, drawn by size and weighted by 1/chance; None: the codec's; "auto": half
+            of them where the upload alone takes most of a report.
         worth: see `precision`.
         taught: devices below this budget get no teacher; 0: all get what the experiment says.
     """
@@ -84,8 +84,8 @@ class Mix:
     weigh: bool = False
     lr_private: float | None = None
     stride: float = 0.0
-    precision: str = "float32"
-    sampled: float | str = 1.0
+    precision: str | None = None
+    sampled: float | str | None = None
     worth: float = 0.05
     taught: Rate = 0.0
 
@@ -101,9 +101,9 @@ class Mix:
             raise ConfigError(f"lr_private is {self.lr_private}; it must be above 0, or left out for the experiment's")
         if not 0 <= self.stride <= 1 or not 0 <= self.worth <= 1 or not 0 <= self.taught <= 1:
             raise ConfigError(f"stride {self.stride}, worth {self.worth} and taught {self.taught} must be in [0, 1]")
-        if self.precision not in ("float32", "int8", "auto"):
+        if self.precision not in (None, "float32", "int8", "auto"):
             raise ConfigError(f'precision "{self.precision}"; it is float32, int8 or auto')
-        if not (self.sampled == "auto" or (isinstance(self.sampled, float) and 0 < self.sampled <= 1)):
+        if not (self.sampled in (None, "auto") or (type(self.sampled) in (int, float) and 0 < self.sampled <= 1)):
             raise ConfigError(f'sampled "{self.sampled}"; it is a share in (0, 1] or auto')
 
     def plan(self, budget: Rate, period: float, seconds: FloatArray | None, objective: Objective, codec: Codec) -> Plan:
@@ -140,9 +140,12 @@ class Mix:
         total = sum(seconds.values())
         moving = self.worth * total <= seconds["download"] + seconds["upload"] if seconds else True
         short = self.precision == "int8" or (self.precision == "auto" and moving)
+        precision = codec.precision if self.precision is None else "int8" if short else "float32"
         uphill = bool(seconds) and seconds["upload"] > 0.5 * total and codec.rows == "touched"
-        sampled = self.sampled if isinstance(self.sampled, float) else 0.5 if uphill else 1.0
-        return replace(codec, precision="int8" if short else "float32", sampled=sampled)
+        sampled = (
+            codec.sampled if self.sampled is None else (0.5 if uphill else 1.0) if self.sampled == "auto" else self.sampled
+        )
+        return replace(codec, precision=precision, sampled=float(sampled))
 
 
 INT8 = 0.27

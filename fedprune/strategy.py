@@ -92,6 +92,11 @@ class Strategy:
     def _offers(self) -> dict[Layout, Offer]:
         return {}
 
+    @cached_property
+    def served(self) -> Objective:
+        """What users of clients that are never asked fit their private rows to."""
+        return self.spending.plan(1.0, 1.0, None, self.objective, self.codec).objective
+
     def target(self, state: ServerState) -> Seconds | None:
         """After how long a round should be over, if the rate learner knows that."""
         forecast = self.rates.forecast(state.rates, 0) if state.rates else None

@@ -74,9 +74,12 @@ def workload(
             case "given":
                 teacher = scored * full
     if codec.refresh > 1:
+        local = distillation is not None and distillation.teacher == "local"
         window = sizes(layout, Submodel(submodel.trained), rows, codec).down if submodel.is_window else 0
-        model = window + moved.masks if cached else sizes(layout, submodel, items, codec).down
-        down += model - moved.down
+        whole = sizes(layout, Submodel.full(layout) if local else submodel, items, codec).down
+        others = 0 if local else down - moved.down
+        masks = moved.masks if local or cached else 0  # a submodel's bytes count its own
+        down = others + masks + (window if cached else whole)
     judged = examples * layout.work(submodel.widths, submodel.widths).forward if objective.gate else 0.0
     return Workload(each * taught + judged, teacher, down, moved.up, moved.parameters)
 

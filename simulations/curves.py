@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -127,7 +128,7 @@ def gathered(jobs: Sequence[Job], processes: int) -> dict[Job, dict[str, Any]]:
         for number, future in enumerate(as_completed(waiting), 1):
             job = waiting[future]
             found[job] = future.result()
-            print(f"{number} of {len(jobs)}: {job.arm}, seed {job.seed}", flush=True)
+            print(f"{number} of {len(jobs)}: {job.arm}, seed {job.seed}", file=sys.stderr, flush=True)
     return found
 
 
@@ -135,8 +136,16 @@ def gathered(jobs: Sequence[Job], processes: int) -> dict[Job, dict[str, Any]]:
 
 
 def reached(result: dict[str, Any], target: float, what: str = "seconds") -> float | None:
-    """Virtual seconds (or joules) when validation first met a target."""
-    return next((point[what] for point in result["curve"] if point["validation"] >= target), None)
+    """Virtual seconds (or joules) when validation first met a target, linear between evaluations; None if it never did."""
+    before = None
+    for point in result["curve"]:
+        if point["validation"] >= target:
+            if before is None:
+                return point[what]
+            part = (target - before["validation"]) / (point["validation"] - before["validation"])
+            return before[what] + part * (point[what] - before[what])
+        before = point
+    return None
 
 
 def final(result: dict[str, Any]) -> dict[str, Any]:

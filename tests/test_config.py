@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -15,6 +16,9 @@ from fedprune.distill import Distillation
 from fedprune.entries import KINDS, All, Feedback, KOfN, Lottery
 from fedprune.errors import ConfigError
 from fedprune.experiment import objective_of, recommender_of, strategy_of
+from fedprune.merge import Merge
+from fedprune.objective import Objective
+from fedprune.selection import KeepBusy
 from fedprune.simulation import read_data, run
 from fedprune.strategy import Strategy
 
@@ -127,6 +131,7 @@ def test_every_strategys_settings_have_types(tmp_path: Path):
         ("entries=[1]", "entries = "),
         ("entries.kind=[1]", r'unknown kind of entries "\[1\]"'),
         ("lth_sad.keep=abc", "strategy lth_sad: keep is 'abc'; it must be a number"),
+        ("lth_sad.keep=1.5", r"strategy lth_sad: keep is 1.5; it must be in \(0, 1\]"),
         ("lth_sad.kep=0.5", r'\[lth_sad\]: unknown setting "kep".*Did you mean "keep"'),
     ],
 )
@@ -135,6 +140,42 @@ def test_mistakes_name_the_nearest(tmp_path: Path, change: str, text: str):
     name = change.split(".")[0] if change.startswith("lth") else "fedavg"
     with pytest.raises(ConfigError, match=text):
         strategy(read(path, [change]), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "text"),
+    [
+        ("fedasync", {"mixing": 0.0}, r"mixing is 0.0; it must be in \(0, 1\]"),
+        ("fedasync", {"mixing": 1.5}, r"mixing is 1.5; it must be in \(0, 1\]"),
+        ("fedbuff", {"cohort": 0}, "concurrency is 0; it must be at least 1"),
+        ("fedbuff", {"concurrency": 5}, 'unknown setting "concurrency"; there is: buffer, cohort'),
+        ("fedavg_tuned", {"server_lr": 0.0}, "the server's rate is 0.0; it must be above 0"),
+        ("fedprune", {"server_lr": -0.1}, "the server's rate is -0.1; it must be above 0"),
+        ("fedprune", {"worth": 0.5}, "worth is 0.5; it must be at least 1"),
+        ("adaptcl", {"degree": 3}, "degree is 3; it must be 1 or 2"),
+        ("learned_width", {"floor": 0.0}, "floor is 0.0"),
+        ("fedmp", {"explore": -1.0}, "explore is -1.0"),
+    ],
+)
+def test_whose_setting_it_is_stands_before_what_is_wrong_with_it(name: str, bad: dict, text: str):
+    with pytest.raises(ConfigError, match=f"^strategy {name}: {text}"):
+        catalog.build(name, **bad)
+
+
+@pytest.mark.parametrize("name", ["fedbuff", "fedasync"])
+def test_the_cohort_of_all_is_the_asynchronous_ones_too(tmp_path: Path, name: str):
+    chosen = read(settings(tmp_path, "cohort = 5"))
+    assert strategy(chosen, name).selector == KeepBusy(5)
+    with pytest.raises(ConfigError, match=rf'\[{name}\]: unknown setting "cohor".* Did you mean "cohort"') as refused:
+        strategy(read(settings(tmp_path, "cohort = 5"), [f"{name}.cohor=3"]), name)
+    assert str(refused.value).count("cohort,") == 1, "it is one setting, whichever list it is on"
+
+
+def test_sparse_training_is_the_experiments(tmp_path: Path):
+    chosen = read(settings(tmp_path, "sparse = 0.5"))
+    assert strategy(chosen, "adaptcl").objective.sparse == 0.5
+    own = replace(catalog.build("adaptcl"), objective=Objective(sparse=0.5))
+    assert catalog.trained_with(own, Objective(), Merge()).objective.sparse == 0.0, "0 switches it off"
 
 
 def test_what_a_kind_needs_is_said():

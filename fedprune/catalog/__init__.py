@@ -19,9 +19,12 @@ from fedprune.catalog.stragglers import (
     fedavg,
     fedavg_tuned,
     fedbuff,
+    fedmp,
     fedprox,
     fedprune,
+    fjord,
     heterofl,
+    learned_width,
     skip,
     smallest,
     window,
@@ -37,7 +40,7 @@ CATALOG: dict[str, Callable[..., Strategy]] = {
     row.__name__: row
     for row in (
         fedavg, fedavg_tuned, drop_weak, smallest, skip, fedbuff, fedasync, deadline, fedprox, heterofl, window, adaptcl,
-        fedprune,
+        learned_width, fedmp, fjord, fedprune,
         sp_sad, lth_sad, ss_sad, dpf, dpp, lotteryfl, sub_fedavg, hermes, prunefl,
     )
 }  # fmt: skip
@@ -63,7 +66,10 @@ def build(name: str, **settings: Any) -> Strategy:
         if not _fits(value, kinds := get_args(wanted[key]) or (wanted[key],)):
             words = " or ".join(WORDS[kind] for kind in kinds)
             raise ConfigError(f"strategy {name}: {key} is {value!r}; it must be {words}")
-    return CATALOG[name](**settings)
+    try:
+        return CATALOG[name](**settings)
+    except ConfigError as error:
+        raise ConfigError(f"strategy {name}: {error}") from None
 
 
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none"}
@@ -99,7 +105,6 @@ def trained_with(
             proximal=own.proximal,
             until=own.until,
             distillation=objective.distillation or own.distillation,
-            sparse=objective.sparse or own.sparse,
         ),
         entries=strategy.entries if entries is None else entries,
         codec=replace(strategy.codec, rows=rows),

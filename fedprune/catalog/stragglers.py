@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from fedprune.codec import Codec
+from fedprune.errors import ConfigError
 from fedprune.gather import Gather
 from fedprune.merge import Adam, Average, Merge
 from fedprune.objective import Objective
 from fedprune.pruning import Importance, Leading, Window
-from fedprune.rates import ByCapability, EqualTime, Fixed, Learned
+from fedprune.rates import FJORD, Bandit, ByCapability, EqualTime, Fixed, Learned
 from fedprune.selection import KeepBusy, Strongest, Uniform
 from fedprune.spending import Mix
 from fedprune.strategy import Strategy
@@ -69,7 +70,7 @@ def fedavg_tuned(
         selector=Uniform(cohort),
         spending=Mix(negatives=negatives, precision=precision, lr_private=lr_private),
         codec=Codec(refresh=refresh),
-        merge=Merge(optimiser=Adam(server_lr) if server_lr else None),
+        merge=Merge(optimiser=Adam(server_lr) if server_lr is not None else None),
     )
 
 
@@ -82,6 +83,7 @@ def fedprune(
     server_lr: float | None = 0.015,
     share: float = 0.4,
     worth: float = 1.4,
+    damp: float = 0.0,
     refresh: int = 1,
     cohort: int | None = None,
 ) -> Strategy:
@@ -99,7 +101,9 @@ def fedprune(
         spending=Mix(negatives=negatives, precision=precision, lr_private=lr_private, stride=stride),
         codec=Codec(refresh=refresh),
         gather=Gather(pace=3.0, late="keep", beat=True, refill=REFILL),
-        merge=Merge(weights="period", scaling=0.5, among=cohort, optimiser=Adam(server_lr) if server_lr else None),
+        merge=Merge(
+            weights="period", damp=damp, scaling=0.5, among=cohort, optimiser=Adam(server_lr) if server_lr is not None else None
+        ),
     )
 
 
@@ -107,30 +111,34 @@ REFILL = 16
 """Reports after which who has become free is asked again."""
 
 
-def fedbuff(*, buffer: int = 10, discount: float = 0.5, concurrency: int | None = None, refill: int = 1) -> Strategy:
+def fedbuff(*, buffer: int = 10, discount: float = 0.5, refill: int = 1, cohort: int | None = None) -> Strategy:
     """Asynchronous clients; the server takes a step when `buffer` updates are in, the stale ones discounted.
 
     Nguyen et al. 2022, arXiv:2106.06639, algorithm 1: w <- w + lr/K sum_i s(tau_i) d_i with s(tau) = (1 + tau)^-1/2. Differs
     from the paper: an item row is divided by those who touched it, not by K, and a client is not asked twice for one version.
-    `refill` asks again after so many reports. Equals fedavg at buffer = cohort on equal devices.
+    `refill` asks again after so many reports; `cohort` is the paper's concurrency M. The step is the experiment's server
+    optimiser's. Equals fedavg at buffer = cohort on equal devices.
     """
     return Strategy(
         "fedbuff",
-        selector=KeepBusy(concurrency),
+        selector=KeepBusy(cohort),
         gather=Gather(count=buffer, late="keep", refill=refill),
         merge=Merge(discount=discount),
     )
 
 
-def fedasync(*, mixing: float = 0.6, power: float = 0.5, concurrency: int | None = None) -> Strategy:
+def fedasync(*, mixing: float = 0.6, power: float = 0.5, cohort: int | None = None) -> Strategy:
     """Every report is merged as it comes: x <- (1 - a) x + a x_k, a = mixing (1 + staleness)^-power.
 
     Xie et al. 2019, arXiv:1903.03934, algorithm 1 with the polynomial s. Differs from the paper: entries that the client did
-    not train, other users' item rows above all, keep their values. Equals fedavg at mixing 1 with one client at work.
+    not train, other users' item rows above all, keep their values. `cohort` clients are at work at a time; the server keeps a
+    model for each. Equals fedavg at mixing 1 with one client at work.
     """
+    if not 0 < mixing <= 1:
+        raise ConfigError(f"mixing is {mixing}; it must be in (0, 1], and 1 takes every report's model as it is")
     return Strategy(
         "fedasync",
-        selector=KeepBusy(concurrency),
+        selector=KeepBusy(cohort),
         gather=Gather(count=1, late="keep"),
         merge=Merge(discount=power, mixing=True, optimiser=Average(mixing)),
     )
@@ -193,16 +201,59 @@ def window(*, grid: int = 8, refresh: int = 1, cohort: int | None = None) -> Str
 
 
 def adaptcl(
-    *, interval: int = 2, step: float = 0.2, floor: Rate = 0.0625, grid: int = 16, cohort: int | None = None
-) -> Strategy:
-    """Narrower models until everybody is as fast as the fastest, learned from measured times; by-unit merging.
+    *, interval: int = 2, step: float = 0.2, floor: Rate = 0.0625, grid: int = 16, degree: int = 1, moving: bool = False,
+    workers: bool = False, cohort: int | None = None,
+) -> Strategy:  # fmt: skip
+    """Narrower models until everybody is as fast as the fastest, learned from measured times.
 
-    AdaptCL-style, after Zhou et al. 2021, arXiv:2106.14126; see `EqualTime` and `Importance` for what is ours. Equals fedavg
-    while all times are equal.
+    AdaptCL-style, after Zhou et al. 2021, arXiv:2106.14126; see `EqualTime` and `Importance` for what is ours. Merging is by
+    unit, over those who hold it, or with `workers` over all who reported. A `moving` target races to the bottom; it is here to
+    show that. Sparse training is the experiment's (`sparse`). Equals fedavg while all
+    times are equal; with `workers`, a fedavg that merges over the cohort.
     """
     return Strategy(
         "adaptcl",
         selector=Uniform(cohort),
-        rates=EqualTime(interval, step, floor=floor, grid=grid),
+        rates=EqualTime(interval, step, floor=floor, grid=grid, degree=degree, anchor="moving" if moving else "reference"),
         pruning=Importance(),
+        merge=Merge(over="cohort" if workers else "holders"),
     )
+
+
+def learned_width(*, floor: Rate = 0.0625, damp: float = 0.0, cohort: int | None = None) -> Strategy:
+    """Narrower models, in the time under which most is trained per second; rates by our own model of time (`Learned`).
+
+    What `adaptcl` is for, without its ratchet: what was taken is given back, and noise prunes nobody. Equals fedavg on equal
+    devices.
+    """
+    return Strategy(
+        "learned_width",
+        selector=Uniform(cohort),
+        rates=Learned(floor=floor),
+        pruning=Importance(),
+        merge=Merge(damp=damp),
+    )
+
+
+def fedmp(*, width: float = 0.0625, explore: float = 0.3, floor: Rate = 0.0625, cohort: int | None = None) -> Strategy:
+    """Narrower models, rates by a bandit per client; who lacks an entry votes for its old value (R2SP).
+
+    FedMP-style, after Jiang et al. 2022 (ICDE); see `Bandit` for what is ours. Equals a fedavg that merges over the cohort at floor 1: an item
+    row that few touched moves less there.
+    """
+    return Strategy(
+        "fedmp",
+        selector=Uniform(cohort),
+        rates=Bandit(width=width, explore=explore, floor=floor),
+        pruning=Importance(),
+        merge=Merge(over="cohort"),
+    )
+
+
+def fjord(*, cohort: int | None = None) -> Strategy:
+    """Nested narrower models in five tiers by known capability, with self-distillation where the experiment sets `nested`.
+
+    FjORD-style, after Horvath et al. 2021, arXiv:2102.13451. Differs from the paper: a client trains its own tier's width (and
+    half of it, with `nested`), not a width drawn per batch. Equals fedavg when all devices are equally fast.
+    """
+    return Strategy("fjord", selector=Uniform(cohort), rates=ByCapability(tiers=FJORD), pruning=Leading())

@@ -187,7 +187,7 @@ class Deployment:
     def questions(self, state: ServerState, silent: Sequence[ClientId] = ()) -> dict[int, RecordDict]:
         """What idle clients are asked for an evaluation, by node: each with the submodel it would serve its users with."""
         roster, contents, state = self.fleet.idle(), {}, self.strategy.begun(state)
-        objective = replace(self.strategy.objective, distillation=None)  # nobody is taught, so the cut is all they need
+        objective = replace(self.strategy.served, distillation=None)  # nobody is taught, so the cut is all they need
         submodels = self.strategy.submodels(state, roster.clients, roster)
         for client, submodel in zip(roster.clients.tolist(), submodels, strict=True):
             node = self.crew.node_of(client)
@@ -244,9 +244,14 @@ def _possible(settings: Settings, arguments: dict[str, Any]) -> Strategy:
     """The strategy, if real devices can carry it out.
 
     Raises:
-        ConfigError: its teacher knows what only simulations know, or it caches downloads.
+        ConfigError: its teacher knows what only simulations know, it caches downloads, or their memory is to be limited.
     """
     strategy = strategy_of(settings, arguments)
+    if settings.memory_limited:
+        raise ConfigError(
+            "memory_limited is for simulated devices: real ones do not say yet how much they hold; set it to 0, or simulate it "
+            "with `fedprune run`"
+        )
     if strategy.codec.refresh > 1:
         raise ConfigError(
             f"refresh {strategy.codec.refresh} caches downloads, which devices do not do yet; set it to 1, or simulate it with "

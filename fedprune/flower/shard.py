@@ -49,6 +49,10 @@ class OnNodes:
             ConfigError: nodes know no teacher from elsewhere.
         """
         for order in orders:
+            if order.rest is not None:
+                raise ConfigError(
+                    "windows over a cached rest are not sent to Flower's nodes; set refresh to 1, or run it with `fedprune run`"
+                )
             if order.objective.distillation is not None and order.objective.distillation.teacher == "given":
                 raise ConfigError(
                     'teacher "given" is a model from elsewhere, and Flower\'s nodes have none; run it with `fedprune run`, or '

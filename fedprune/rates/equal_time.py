@@ -176,7 +176,7 @@ def _each_once(memory: Memory, reports: Sequence[Report]) -> list[tuple[IntArray
     clients = np.array([r.order.client for r in reports])
     seconds = np.array([r.cost.seconds.total for r in reports])
     ordered = np.array([r.order.rate for r in reports])
-    fresh = np.array([r.staleness == 0 for r in reports])
+    fresh = np.array([r.staleness == r.order.age for r in reports])
     memory["rate"][clients[fresh]] = ordered[fresh]  # the model's smallest rate, where less was remembered
     current = (memory["rate"][clients] == ordered) & np.isfinite(seconds) & (seconds > 0)
     clients, seconds, found = clients[current], seconds[current], []

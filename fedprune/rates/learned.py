@@ -67,8 +67,10 @@ class Learned:
             raise ConfigError(f"slack {self.slack} and hold {self.hold} must be in [0, 1)")
         if self.drift < 0 or not self.noise > 0:
             raise ConfigError(f"drift {self.drift} must not be negative and noise {self.noise} must be above 0 (0.3 is 30 %)")
-        if not 0 < self.share < 1 or self.worth < 1:
-            raise ConfigError(f"share {self.share} must be in (0, 1) and worth {self.worth} at least 1")
+        if not 0 < self.share < 1:
+            raise ConfigError(f"share is {self.share}; it must be in (0, 1), and 0.4 merges when two reports of five are in")
+        if self.worth < 1:
+            raise ConfigError(f"worth is {self.worth}; it must be at least 1, which never waits for all")
 
     def propose(self, memory: Memory, clients: IntArray, roster: Roster, offer: Offer) -> FloatArray:
         """What was learned so far; the whole model before that."""

@@ -51,7 +51,7 @@ class Uniform:
 class KeepBusy:
     """As many of the idle clients at random as it takes to have `concurrency` at work; everybody if None.
 
-    FedBuff's and FedAsync's M, with `Gather(refill=...)`.
+    FedBuff's and FedAsync's M.
     """
 
     concurrency: int | None = None

@@ -14,6 +14,8 @@ from fedprune.devices import disturbed
 from fedprune.merge import Adam, Merge, ServerOptimiser
 from fedprune.objective import Objective
 from fedprune.population import Private
+from fedprune.rates import FJORD, Bandit, ByCapability, Learned
+from fedprune.selection import KeepBusy, Uniform
 from fedprune.strategy import Strategy, prepared
 
 
@@ -41,9 +43,9 @@ ROWS = [
     Row("skip", {"pace": 1.5}),
     Row("fedavg_tuned"),
     Row("fedbuff", {"buffer": 5}),
-    Row("fedbuff", {"buffer": 4, "concurrency": 7, "refill": 2}),
+    Row("fedbuff", {"buffer": 4, "cohort": 7, "refill": 2}),
     Row("fedasync"),
-    Row("fedasync", {"concurrency": 12}),
+    Row("fedasync", {"cohort": 12}),
     Row("deadline", {"within": 15.0}),
     Row("fedprox", {"within": 15.0}),
     Row("heterofl"),
@@ -51,8 +53,13 @@ ROWS = [
     Row("window", {"refresh": 3}),
     Row("adaptcl"),
     Row("adaptcl", {"interval": 1, "cohort": 9}),
+    Row("adaptcl", {"degree": 2, "moving": True, "workers": True}),
+    Row("learned_width"),
+    Row("learned_width", {"damp": 1.0, "cohort": 9}),
+    Row("fedmp"),
+    Row("fjord"),
     Row("fedprune", {"precision": "float32"}),
-    Row("fedprune", {"cohort": 9, "refresh": 3, "share": 0.6}),
+    Row("fedprune", {"cohort": 9, "refresh": 3, "share": 0.6, "damp": 1.0}),
     Row("sp_sad"),
     Row("lth_sad", {"every": 2, "rewind": 1}),
     Row("ss_sad", {"every": 2, "rewind": 1}),
@@ -207,6 +214,10 @@ LIMITS = [
     (Row("heterofl"), {"sigma": 1.0}),
     (Row("window"), {"sigma": 1.0}),
     (Row("adaptcl"), {"sigma": 1.0, "workload": "equal"}),
+    (Row("adaptcl", {"degree": 2, "moving": True, "workers": True}), {"sigma": 1.0, "workload": "equal"}),
+    (Row("learned_width"), {"sigma": 1.0, "workload": "equal"}),
+    (Row("fedmp", {"floor": 1.0}), {}),
+    (Row("fjord"), {"sigma": 1.0, "workload": "equal"}),
     (Row("skip"), {"sigma": 1.0, "workload": "equal"}),
     (Row("fedavg_tuned", {"negatives": None, "precision": "float32", "lr_private": None, "server_lr": None}), {}),
     (
@@ -227,11 +238,12 @@ LIMITS = [
 
 
 @cache
-def after_three(row: str, fleet: str, optimiser: ServerOptimiser | None, **where: Any) -> World:
+def after_three(row: str, fleet: str, optimiser: ServerOptimiser | None, over: Any = None, **where: Any) -> World:
     """Three rounds of a row of the table (fedavg's are compared with many)."""
     merge = Merge(optimiser=optimiser) if optimiser else Merge()
     chosen = next((r for r, _ in LIMITS if str(r) == row), Row("fedavg"))
-    here = world(trained_with(build(chosen.name, **chosen.settings), Objective(), merge), fleet=fleet, **where)
+    strategy = trained_with(build(chosen.name, **chosen.settings), Objective(), merge)
+    here = world(replace(strategy, merge=replace(strategy.merge, over=over or strategy.merge.over)), fleet=fleet, **where)
     here.rounds(3)
     return here
 
@@ -240,7 +252,9 @@ def after_three(row: str, fleet: str, optimiser: ServerOptimiser | None, **where
 @pytest.mark.parametrize("fleet", ["serial", "vector"])
 @pytest.mark.parametrize(("row", "where"), LIMITS, ids=str)
 def test_equals_fedavg_at_its_neutral_setting(row: Row, where: dict, fleet: str, optimiser: ServerOptimiser | None):
-    here, rival = after_three(str(row), fleet, optimiser, **where), after_three("fedavg", fleet, optimiser, **where)
+    """Over the cohort an item's row is divided also by those who did not take it, so it is a FedAvg that does so too."""
+    here = after_three(str(row), fleet, optimiser, **where)
+    rival = after_three("fedavg", fleet, optimiser, over=here.strategy.merge.over, **where)
     assert same(unmasked(here.state.model), rival.state.model)
     assert same(here.private, rival.private)
     assert same(unmasked(here.state.optimiser), rival.state.optimiser)
@@ -254,14 +268,27 @@ def test_the_limits_table_is_complete():
 def test_asynchronous_with_one_client_at_work_and_mixing_1_is_fedavg_with_one_client_a_round(fleet: str):
     here, rival = (
         world(trained_with(build(name, **own), Objective(), Merge()), fleet=fleet)
-        for name, own in (("fedasync", {"mixing": 1.0, "concurrency": 1}), ("fedavg", {"cohort": 1}))
+        for name, own in (("fedasync", {"mixing": 1.0, "cohort": 1}), ("fedavg", {"cohort": 1}))
     )
     here.rounds(5)
     rival.rounds(5)
     assert same(here.state.model, rival.state.model) and same(here.private, rival.private)
 
 
-@pytest.mark.parametrize("row", [Row("smallest", {"rate": 0.5}), Row("drop_weak", {"share": 0.5})], ids=str)
+def test_settings_reach_the_parts_they_are_of():
+    own = build("adaptcl", degree=2, moving=True, workers=True)
+    assert (own.rates.degree, own.rates.anchor, own.merge.over) == (2, "moving", "cohort")
+    assert build("adaptcl").rates.anchor == "reference" and build("adaptcl").merge == Merge()
+    assert build("fedprune", damp=2.0).merge.damp == build("learned_width", damp=2.0).merge.damp == 2.0
+    assert build("learned_width", floor=0.25).rates == Learned(floor=0.25)
+    assert build("fedmp", width=0.25, explore=0.1, floor=0.5).rates == Bandit(width=0.25, explore=0.1, floor=0.5)
+    assert build("fedmp").merge == Merge(over="cohort") and build("fjord").rates == ByCapability(tiers=FJORD)
+    assert build("fedbuff", cohort=7).selector == build("fedasync", cohort=7).selector == KeepBusy(7)
+    for name in ("learned_width", "fedmp", "fjord"):
+        assert build(name, cohort=7).selector == Uniform(7)
+
+
+@pytest.mark.parametrize("row", [Row("smallest", {"rate": 0.5}), Row("drop_weak", {"share": 0.5}), Row("fjord")], ids=str)
 def test_away_from_its_neutral_setting_it_is_not_fedavg(row: Row):
     here, rival = world(row.strategy()), world(Row("fedavg").strategy())
     here.round()

@@ -199,7 +199,9 @@ def test_masks_and_lessons_are_those_that_were_simulated(tmp_path: Path, changes
 
 @pytest.mark.parametrize("silent", [(), (0, 2)], ids=["nobody listens", "two listen"])
 @pytest.mark.parametrize(
-    "changes", [["dpp"], ["dpf", "dpf.keep=0.5"], ["heterofl"], ["dpf"]], ids=["learned", "masked", "narrow", "by rate"]
+    "changes",
+    [["dpp"], ["dpf", "dpf.keep=0.5"], ["heterofl"], ["dpf"], ["fedavg_tuned", "fedavg_tuned.negatives=2"]],
+    ids=["learned", "masked", "narrow", "by rate", "tuned"],
 )
 def test_before_the_first_round_users_are_served_alike(tmp_path: Path, changes: list[str], silent: tuple[int, ...]):
     """With masks drawn and logits started, and whoever listens has fitted its rows to the cut it holds."""
@@ -220,6 +222,21 @@ def test_teachers_that_devices_cannot_have_are_refused_before_anything_begins(tm
     chosen = settings(tmp_path, f'distillation={{teacher="{teacher}",weight=0.5}}')
     with pytest.raises(ConfigError, match=f'teacher "{teacher}".*{why}.*"local"'):
         lab.run(chosen)
+    assert not (tmp_path / "out").exists() and not lab.heard
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (["strategy=window", "window.refresh=3"], "refresh 3 caches downloads, .* set it to 1"),
+        (["strategy=fedprune", "fedprune.refresh=2"], "refresh 2 caches downloads"),
+        (["strategy=heterofl", "memory_limited=0.5"], "memory_limited is for simulated devices: .* set it to 0"),
+    ],
+)
+def test_what_devices_cannot_do_yet_is_refused_before_anything_begins(tmp_path: Path, changes: list[str], why: str):
+    lab = Lab(tmp_path)
+    with pytest.raises(ConfigError, match=why):
+        lab.run(settings(tmp_path, *changes))
     assert not (tmp_path / "out").exists() and not lab.heard
 
 

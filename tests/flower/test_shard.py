@@ -118,6 +118,18 @@ def test_a_teacher_from_elsewhere_is_not_on_the_nodes(tmp_path: Path):
         went(there, 1)
 
 
+def test_a_window_over_a_cached_rest_is_not_on_the_nodes(tmp_path: Path):
+    """Whole models are, whichever version they are of."""
+    chosen = settings(tmp_path, "strategy=window", "window.refresh=2")
+    there = prepare(chosen, read_data(chosen), on_nodes(chosen))
+    with pytest.raises(ConfigError, match=r"windows over a cached rest are not sent .* set refresh to 1"):
+        went(there, 1)
+    chosen = settings(tmp_path, "strategy=fedavg_tuned", "fedavg_tuned.refresh=2", "fedavg_tuned.precision=float32")
+    split = read_data(chosen)
+    here, there = prepare(chosen, split), prepare(chosen, split, on_nodes(chosen))
+    assert same(went(here, 3).model, went(there, 3).model)
+
+
 @pytest.mark.parametrize("nodes", [1, 2, 50])
 def test_the_number_of_nodes_makes_no_difference(tmp_path: Path, nodes: int):
     chosen = settings(tmp_path, "strategy=window", "rows=touched")

@@ -127,9 +127,9 @@ def test_the_waiting_of_who_is_asked_again_ends_there():
     assert [waited[client] for client in range(3)] == pytest.approx([95.0, 93.0, 91.0])
 
 
-@pytest.mark.parametrize(("refill", "asked"), [(0, 0), (1, 20), (2, 10), (9, 10)])
+@pytest.mark.parametrize(("refill", "asked"), [(0, 0), (1, 19), (2, 9), (9, 9)])
 def test_it_asks_again_after_a_tenth_of_the_orders_at_the_latest(refill: int, asked: int):
-    """20 reports to 24 orders, a tenth of which are 2."""
+    """20 reports to 24 orders, a tenth of which are 2; the twentieth ends the round, and the next one asks."""
     here, calls = at_work([1 + number / 10 for number in range(USERS)]), []
 
     def again(lost: Sequence[Lost]) -> list[Order]:
@@ -140,7 +140,7 @@ def test_it_asks_again_after_a_tenth_of_the_orders_at_the_latest(refill: int, as
     here.fleet.send(orders)
     reports, _ = Gather(count=20, late="keep", refill=refill)(here.fleet, orders, again=again)
     each = min(refill, 2) or 1
-    assert len(reports) == 20 and calls == ([report.finished for report in reports[each - 1 :: each]] if refill else [])
+    assert len(reports) == 20 and calls == ([report.finished for report in reports[each - 1 : 19 : each]] if refill else [])
     assert len(calls) == asked
 
 
@@ -295,7 +295,7 @@ def test_keep_busy_without_a_number_takes_all_and_draws_all_alike():
 
 
 def test_so_many_are_at_work_all_the_time():
-    here = world(build("fedbuff", buffer=4, concurrency=9), sigma=4.0, noise=0.1)
+    here = world(build("fedbuff", buffer=4, cohort=9), sigma=4.0, noise=0.1)
     for done in here.rounds(15):
         assert len(here.fleet.unfinished()) in (8, 9), "9, or 8 and one that has just reported"
         assert len(done.reports) == 4
@@ -358,6 +358,13 @@ def test_fedprune_on_equal_devices_is_fedavg_tuned(fleet: str, share: float):
         assert not any(order.refill for order in done.orders)
     assert same(here.state.model, rival.state.model) and same(here.private, rival.private)
     assert same(here.state.optimiser, rival.state.optimiser) and here.fleet.now() == rival.fleet.now()
+
+
+def test_who_waits_for_all_asks_nobody_again():
+    """Seven of 24 equal devices, as soon as their times are known: an order a round for each of the cohort, and no more."""
+    here = world(tuned("fedprune", cohort=7), sigma=1.0, workload="equal")
+    for done in here.rounds(8)[2:]:
+        assert len(done.orders) == len(done.reports) == 7 and here.strategy.target(here.state) == math.inf
 
 
 def test_fedprune_hears_all_and_waits_for_nobody():

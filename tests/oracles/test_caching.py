@@ -296,6 +296,19 @@ def test_what_a_teacher_sends_comes_down_with_every_order():
     assert down == [ITEMS * ROW + 30 * 4, 30 * 4]
 
 
+@pytest.mark.parametrize(("top", "listed"), [(0, 0), (5, 10)])
+def test_who_teaches_itself_caches_the_whole_model(top: int, listed: int):
+    """Refreshing is all rows at full width; from then on there is a mask's bits to send, and the window's own rows."""
+    layout, told = world().state.layout, Objective(distillation=Distillation("local", 0.5, top=top))
+    size = {"examples": 30.0, "listed": listed, "rows": 7, "items": ITEMS}
+    half, some = Leading().carve({}, layout, 0, 0, 0.5), Window().carve({}, layout, 1, 0, 0.5)
+    masked = Submodel(half.held, half.trained, {"item_embedding": np.tile([True, False], (ITEMS, 4))})
+    for submodel, later in ((half, 0), (masked, 4), (some, 7 * 20)):  # 7 rows of 4 units: 28 bits
+        down = [workload(layout, submodel, told, Codec("touched", refresh=4), **size, cached=c).down for c in (False, True)]
+        assert down[0] >= ITEMS * ROW and down[1] == later
+        assert submodel.entries or down[0] == ITEMS * ROW
+
+
 # ---- checkpoints -------------------------------------------------------------------------------------------------------
 
 

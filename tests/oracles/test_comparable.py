@@ -122,6 +122,17 @@ def test_dpp_is_judged_with_its_logits_started(tmp_path: Path):
     assert got["validation"]["ndcg10_full"] > worse["validation"]["ndcg10_full"], "the largest entries are there"
 
 
+def test_who_is_never_asked_listens_as_the_others_train(tmp_path: Path):
+    """To the negatives and at the rate that the strategy spends, not the experiment's."""
+    tuned = begun(tmp_path, "fedavg_tuned", "fedavg_tuned.lr_private=0.2", "fedavg_tuned.negatives=2")
+    alike, other = (begun(tmp_path, "fedavg", *more) for more in (("lr_private=0.2", "negatives=2"), ()))
+    assert tuned.strategy.served == alike.strategy.objective != tuned.strategy.objective
+    for here in (tuned, alike, other):
+        here.evaluate(alike.state, [3, 4, 11])
+    rows = [here.listeners.private.values["user_embedding"] for here in (tuned, alike, other)]
+    assert torch.equal(rows[0], rows[1]) and not torch.allclose(rows[0], rows[2], atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("strategy", "changes"),
     [("lth_sad", ("lth_sad.keep=0.4", "lth_sad.every=1", "lth_sad.rewind=0")), ("dpf", ("dpf.keep=0.4",)), ("dpf", ())],

@@ -212,6 +212,13 @@ def test_a_device_s_times_slower_counts_s_fold():
     assert total == {1.0: 96.0, 2.0: 96.0, 3.0: 96.0}, "over 12 rounds every device's data weighs the same"
 
 
+@pytest.mark.parametrize("lr", [0.0, -0.5, float("inf"), float("nan")])
+@pytest.mark.parametrize("optimiser", [Average, Adam])
+def test_a_server_that_does_not_move_is_refused(optimiser: type, lr: float):
+    with pytest.raises(ConfigError, match=f"the server's rate is {lr}; it must be above 0"):
+        optimiser(lr)
+
+
 def test_unknown_answers_are_refused():
     with pytest.raises(ConfigError, match="holders, cohort or common"):
         Merge(over="everybody")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from reports import NOTHING, report
@@ -114,6 +116,15 @@ def test_who_is_held_up_by_the_models_smallest_rate_still_counts():
         pair = [report(NOTHING, client=c, rate=rate[c], seconds=(1, 10)[c] * rate[c]) for c in range(2)]
         memory = learner.learn(memory, pair, [], 2, offer(0.25))
     assert memory["count"].tolist() == [4, 3] and memory["phi"].tolist() == [1, 2.5]
+
+
+@pytest.mark.parametrize(("staleness", "age", "counts"), [(0, 0, True), (2, 2, True), (2, 0, False), (3, 2, False)])
+def test_who_was_asked_for_less_counts_if_it_was_asked_in_this_round(staleness: int, age: int, counts: bool):
+    """Half fits into its memory, where the whole was proposed. An old copy of the model is no old order."""
+    sent = report(NOTHING, client=1, rate=0.5, seconds=2.0, staleness=staleness)
+    pair = [report(NOTHING, client=0), replace(sent, order=replace(sent.order, age=age))]
+    memory = EqualTime(interval=2).learn({}, pair, [], 2, OFFER)
+    assert memory["count"].tolist() == [1, int(counts)] and memory["rate"].tolist() == [1, 0.5 if counts else 1]
 
 
 def test_newton_by_hand():

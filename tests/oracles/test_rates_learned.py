@@ -236,8 +236,8 @@ def test_the_silent_are_at_least_as_slow_as_the_time_that_has_passed():
         ({"hold": -0.1}, "hold -0.1"),
         ({"drift": -1.0}, "drift -1.0"),
         ({"noise": 0.0}, "noise 0.0"),
-        ({"share": 1.0}, "share 1.0"),
-        ({"worth": 0.5}, "worth 0.5"),
+        ({"share": 1.0}, "share is 1.0"),
+        ({"worth": 0.5}, "worth is 0.5"),
     ],
 )
 def test_bad_arguments_are_refused(bad: dict, says: str):

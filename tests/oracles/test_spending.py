@@ -135,6 +135,10 @@ def test_half_the_rows_go_up_where_the_upload_takes_most():
 
 def test_the_rest_of_the_wire_is_the_strategys():
     assert plan(Mix(precision="int8"), refresh=5, rows="touched").codec == Codec("touched", "int8", refresh=5)
+    own = {"rows": "touched", "precision": "int8", "sampled": 0.5}
+    assert plan(Mix(), **own).codec == Codec("touched", "int8", sampled=0.5), "what is left out is not undone"
+    assert plan(Mix(precision="float32", sampled=1), **own).codec == Codec("touched", "float32", sampled=1.0)
+    assert Mix().learn({}, [report(NOTHING)], 3) == {}, "nothing to choose, nothing to remember"
 
 
 @pytest.mark.parametrize(

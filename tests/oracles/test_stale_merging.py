@@ -254,7 +254,7 @@ def test_whole_rounds_equal_the_definition(shape: str, mixing: bool, model: str)
 
 def test_fedbuff_in_a_whole_run():
     """w + sum_i s(tau_i) d_i / K on what all train, s(tau) = (1 + tau)^-1/2, K reports."""
-    here = world(build("fedbuff", buffer=4, concurrency=9), model="neumf", workload="equal", sigma=3.0)
+    here = world(build("fedbuff", buffer=4, cohort=9), model="neumf", workload="equal", sigma=3.0)
     stale = 0
     for _ in range(5):
         before = here.state.model["output_weight"]
@@ -267,7 +267,7 @@ def test_fedbuff_in_a_whole_run():
 
 def test_fedasync_in_a_whole_run():
     """x + a (x_k - x), a = 0.6 (1 + tau)^-1/2, x_k the client's model at its end, on the rows that it trained."""
-    here = world(build("fedasync", concurrency=6), workload="equal", sigma=3.0)
+    here = world(build("fedasync", cohort=6), workload="equal", sigma=3.0)
     tried = set()
     for _ in range(12):
         before = here.state.model

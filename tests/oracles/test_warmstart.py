@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from files import settings
 from world import ITEMS, USERS, recommender, train
 
+from fedprune.config import read
 from fedprune.recommenders import mf
+from fedprune.simulation import prepare, read_data, warm_start_event
 from fedprune.warmstart import Gathered, WarmStart, normalised, subspace
 
 RANK = 4
@@ -84,6 +89,19 @@ def test_every_embedding_starts_warm_and_nothing_else_changes(name: str):
         before, after = (start | own)[key], (model | private)[key]
         assert before.shape == after.shape
         assert (after is not before) == (what.layout.kind(key) != "shared")
+
+
+@pytest.mark.parametrize(("silos", "rows"), [(3, "touched"), (3, "table"), (None, "touched")])
+def test_a_silos_users_share_the_rows_that_travel(tmp_path: Path, silos: int | None, rows: str):
+    """Two passes of 8 float32 a row: a silo's every row once, however many of its users took the item."""
+    chosen = read(settings(tmp_path), [f"silos={silos or 'none'}", f"rows={rows}", "strategy=fedavg"]).only("fedavg")
+    here = prepare(chosen, read_data(chosen))
+    positives, items = here.fleet.population.positives_of_client, here.fleet.population.items
+    event, each = warm_start_event(here), 2 * 4 * 8
+    moved = np.minimum(positives, items) if rows == "touched" else np.full_like(positives, items)
+    assert bool(positives.max() > items) is (silos is not None), "nothing is shared"
+    assert event["bytes_down"] == event["bytes_up"] == each * moved.sum()
+    assert event["flops"] == pytest.approx(each * positives.sum()), "each example is worked on"
 
 
 def test_more_dimensions_than_items():
