@@ -103,7 +103,10 @@ class Mix:
             raise ConfigError(f"stride {self.stride}, worth {self.worth} and taught {self.taught} must be in [0, 1]")
         if self.precision not in (None, "float32", "int8", "auto"):
             raise ConfigError(f'precision "{self.precision}"; it is float32, int8 or auto')
-        if not (self.sampled in (None, "auto") or (type(self.sampled) in (int, float) and 0 < self.sampled <= 1)):
+        if not (
+            self.sampled in (None, "auto")
+            or (isinstance(self.sampled, int | float) and self.sampled is not True and 0 < self.sampled <= 1)
+        ):
             raise ConfigError(f'sampled "{self.sampled}"; it is a share in (0, 1] or auto')
 
     def plan(self, budget: Rate, period: float, seconds: FloatArray | None, objective: Objective, codec: Codec) -> Plan:

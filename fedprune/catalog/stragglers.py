@@ -238,8 +238,8 @@ def learned_width(*, floor: Rate = 0.0625, damp: float = 0.0, cohort: int | None
 def fedmp(*, width: float = 0.0625, explore: float = 0.3, floor: Rate = 0.0625, cohort: int | None = None) -> Strategy:
     """Narrower models, rates by a bandit per client; who lacks an entry votes for its old value (R2SP).
 
-    FedMP-style, after Jiang et al. 2022 (ICDE); see `Bandit` for what is ours. Equals a fedavg that merges over the cohort at floor 1: an item
-    row that few touched moves less there.
+    FedMP-style, after Jiang et al. 2022 (ICDE); see `Bandit` for what is ours. At floor 1 it equals a fedavg that merges over
+    the cohort, where an item row that few touched moves less.
     """
     return Strategy(
         "fedmp",
