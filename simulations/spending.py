@@ -236,7 +236,8 @@ def grid_rows(found: dict[Job, dict[str, Any]]) -> list[dict[str, Any]]:
             for arm in GRID:
                 own = {j.seed: r for j, r in found.items() if j.arm == wide + arm and f"sigma={sigma}" in j.changes}
                 scale = 1.0
-                if not own and arm not in SOME:  # who waits for all: the same run on another clock
+                waits = GRID[arm][0][0] in ("strategy=fedavg", TUNED) and GRID[arm][1] != "learned examples"
+                if not own and waits:  # the same run on another clock
                     own, scale = {j.seed: r for j, r in found.items() if j.arm == wide + arm}, sigma / 10
                 if not own or full is None or not set(own) <= set(rivals):
                     continue
@@ -250,7 +251,9 @@ def grid_rows(found: dict[Job, dict[str, Any]]) -> list[dict[str, Any]]:
                 for key in ("ndcg10_expected", "ndcg10_expected_slow"):
                     row[key] = [final(result)[key] for result in own.values()]
                 peaks = {seed: final(rivals[seed])["validation"] for seed in own}
-                row["joules"] = [reached(result, 0.95 * peaks[seed], "joules") for seed, result in own.items()]
+                # Who waits shorter for the slowest burns less: joules are of a run's own sigma alone.
+                joules = {seed: reached(result, 0.95 * peaks[seed], "joules") for seed, result in own.items()}
+                row["joules"] = list(joules.values()) if scale == 1.0 else []
                 rows.append(row)
     return rows
 
@@ -266,7 +269,7 @@ def grid_table(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows:
             if (row["model"], row["sigma"]) == (model, sigma):
                 cells = [row["arm"], *(mean(row[c]) for c in ("compute_bound", "balanced", "slow_uplink"))]
-                cells += [mean([j and j / 1e3 for j in row["joules"]])]
+                cells += [mean([j and j / 1e3 for j in row["joules"]]) if row["joules"] else ""]
                 cells += [mean(row[key], ".4f") for key in ("ndcg10_expected", "ndcg10_expected_slow")]
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines).strip() + "\n"
