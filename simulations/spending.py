@@ -308,9 +308,9 @@ between evaluations, and how many times as fast as three rivals that is (at 95 %
 best, 1+99 and full ranking. `fedavg`: eight negatives, float32, usual rates; `fedavg_tuned`: the cheap reports of `fedprune`
 (three negatives, int8), waiting for all; `skip`: the same, closing a round at five times the fastest device's report;
 `fedprune`: int8 on all devices, .4 of the reports a beat (.6 with ten silos). All ran on balanced devices; with equal work and
-linear devices another class is another clock, computed from bytes and FLOPs. `configs/budget.toml`: recency on, touched
-rows. {seeds} seeds where no other number is named, ± their standard deviation; "n of m": so many seeds reached it. Times are
-modelled, quality is measured.
+linear devices another class is another clock, computed from bytes and FLOPs (the warm start is scaled alike).
+`configs/budget.toml`: recency on, touched rows. {seeds} seeds where no other number is named, ± their standard deviation;
+"n of m": so many seeds reached it. Times are modelled, quality is measured.
 """
 
 
