@@ -92,7 +92,7 @@ class Roster:
         population: how many clients there are in all.
         slowness: `[population]`; how many times longer than the fastest device each takes for the full model, as known
             beforehand. For strategies that presume such knowledge; learners must not look at it.
-        capacity: `[population]`; the largest rate whose model fits into each device's memory, which a device does know
+        capacity: `[population]`; the largest rate whose float32 model fits into each device's memory, which a device does know
             beforehand. None: everything fits everywhere.
         busy: how many clients are at work.
     """
@@ -128,6 +128,11 @@ class Order:
     """The full model of which a client keeps what it does not train; None: that is of the order's version as well."""
     cached: bool = False
     """The client has its model already, or all of it but what it trains."""
+
+    @property
+    def base(self) -> Version:
+        """The version that its client has a copy of afterwards, where downloads are cached; else its own."""
+        return self.version - self.version % self.codec.refresh
 
 
 @dataclass(frozen=True)

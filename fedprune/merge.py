@@ -15,7 +15,7 @@ from torch import Tensor
 from fedprune.axes import Layout
 from fedprune.errors import ConfigError
 from fedprune.exchange import Report, Updates
-from fedprune.submodel import Submodel, mask, positions, there
+from fedprune.submodel import Submodel, like, mask, positions, there
 from fedprune.types import Tensors
 
 
@@ -158,7 +158,7 @@ class Merge:
             covered = sums.covered[name]
             held = covered > 0
             if self.over == "common":
-                held &= covered > (1 - 1e-5) * _like(sums.reached[name], covered)
+                held &= covered > (1 - 1e-5) * like(sums.reached[name], covered)
             count = torch.tensor(cohort[name]) if self.over == "cohort" else covered
             result[name] = torch.where(held, sums.deltas[name] / torch.where(held, count, 1.0), 0.0), held
         return result
@@ -241,35 +241,35 @@ class _Sums:
         clients = torch.tensor(places)
         agreed = submodels[:1] if same else submodels
         rows, present = (updates.rows, updates.present) if whole else (updates.rows[clients], updates.present[clients])
+
+        def covering(name: str, factors: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+            """Each entry's sum of weights, `[full shape]`, and each row's."""
+            if self.layout.kind(name) != "touched":  # one line of weights stands for all clients that agree on what they train
+                by_row = weight.sum(0, keepdim=True)[None] if same else weight[:, None]
+            elif same:
+                flat = torch.zeros(self.layout.items).index_add_(0, rows.flatten(), (present * weight[:, None]).flatten())
+                by_row = flat[None]
+            else:
+                by_row = torch.zeros(len(places), self.layout.items).scatter_add_(1, rows, present * weight[:, None])
+            outer = _outer(by_row, factors).reshape(self.covered[name].shape)
+            if name in agreed[0].entries and not agreed[0].through:
+                outer = outer * torch.from_numpy(agreed[0].entries[name])
+            return outer, by_row.sum(0)
+
         for name, stacked in updates.tensors.items():
             delta, weight = stacked if whole else stacked[clients], weights[name]
             touched = self.layout.kind(name) == "touched"
             dimensions = self.layout.tensors[name][1 if touched else 0 :]
             # Who trained what, `[clients or 1, extent]` per dimension.
             factors = [torch.stack([mask(self.layout, d, s.trained) for s in agreed]) for d in dimensions]
-
-            def covering(weight: Tensor, name: str = name, touched: bool = touched, factors: list[Tensor] = factors):
-                """Each entry's sum of weights, `[full shape]`, and each row's."""
-                if not touched:  # one line of weights stands for all clients that agree on what they train
-                    by_row = weight.sum(0, keepdim=True)[None] if same else weight[:, None]
-                elif same:
-                    flat = torch.zeros(self.layout.items).index_add_(0, rows.flatten(), (present * weight[:, None]).flatten())
-                    by_row = flat[None]
-                else:
-                    by_row = torch.zeros(len(places), self.layout.items).scatter_add_(1, rows, present * weight[:, None])
-                outer = _outer(by_row, factors).reshape(self.covered[name].shape)
-                if name in agreed[0].entries and not agreed[0].through:
-                    outer = outer * torch.from_numpy(agreed[0].entries[name])
-                return outer, by_row.sum(0)
-
-            outer, reached = covering(weight)
+            outer, reached = covering(name, factors, weight)
             self.covered[name] += outer
             self.reached[name] += reached
             counted = weight * strength
-            weighted = delta if bool((counted == 1).all()) else delta * _like(counted, delta)
+            weighted = delta if bool((counted == 1).all()) else delta * like(counted, delta)
             _add_deltas(self.deltas[name], self.layout, dimensions, submodels, weighted, rows if touched else None)
             if name in behind:
-                self.deltas[name] += covering(counted)[0] * behind[name]
+                self.deltas[name] += covering(name, factors, counted)[0] * behind[name]
 
 
 def _outer(first: Tensor, factors: list[Tensor]) -> Tensor:
@@ -300,7 +300,3 @@ def _add_deltas(total: Tensor, layout: Layout, dimensions: tuple, submodels: lis
             total += summed
         else:
             total[torch.meshgrid(*mesh, indexing="ij")] += summed
-
-
-def _like(factor: Tensor, tensor: Tensor) -> Tensor:
-    return factor.reshape(-1, *[1] * (tensor.dim() - 1))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedprune.axes import Layout
 from fedprune.random import keys
+from fedprune.submodel import like
 from fedprune.types import Tensors
 
 LARGEST = 127
@@ -79,13 +80,12 @@ def stochastic(layout: Layout, update: Tensors, rows: Tensor, seed: int, tickets
 
 def codes(tensor: Tensor, scales: Tensor) -> Tensor:
     """The whole numbers that a rounded tensor `[..., rows, ...]` is made of; int8."""
-    divisor = _divisor(scales)
-    return (tensor / divisor.reshape(*scales.shape, *[1] * (tensor.dim() - scales.dim()))).round_().to(torch.int8)
+    return (tensor / like(_divisor(scales), tensor)).round_().to(torch.int8)
 
 
 def decoded(codes: Tensor, scales: Tensor) -> Tensor:
     """The inverse of `codes`."""
-    return codes.float() * scales.float().reshape(*scales.shape, *[1] * (codes.dim() - scales.dim()))
+    return codes.float() * like(scales.float(), codes)
 
 
 def _scales(rows: Tensor) -> Tensor:

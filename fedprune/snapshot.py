@@ -37,8 +37,7 @@ def snapshot(state: ServerState, fleet: VirtualFleet, listeners: Population) -> 
         if (version := order.version - order.age) != state.version:
             tensors |= {f"version.{version}/{n}": t for n, t in order.model.items()}
         if order.rest is not None:
-            version = order.version - order.version % order.codec.refresh
-            tensors |= {f"version.{version}/{n}": t for n, t in order.rest.items()}
+            tensors |= {f"version.{order.base}/{n}": t for n, t in order.rest.items()}
         if order.submodel.key not in submodels:
             number = submodels[order.submodel.key] = len(submodels)
             for kind in ("held", "trained", "entries"):
@@ -96,7 +95,7 @@ def _to_json(job: Job, submodel: int) -> dict[str, Any]:
         "submodel": submodel,
         "refill": order.refill,
         "age": order.age,
-        "rest": None if order.rest is None else order.version - order.version % order.codec.refresh,
+        "rest": None if order.rest is None else order.base,
         "cached": order.cached,
         "arrives": job.arrives,
         "work": job.work,

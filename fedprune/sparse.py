@@ -15,6 +15,7 @@ from torch import Tensor
 from fedprune.axes import Layout, Widths
 from fedprune.errors import LayoutError
 from fedprune.recommenders.base import LOGITS
+from fedprune.submodel import like
 from fedprune.types import Tensors
 
 
@@ -33,8 +34,7 @@ def slope(layout: Layout, widths: Widths, model: Tensors, present: Tensor, by: L
     real: Tensors = {}
     for name, tensor in model.items():
         if not name.endswith(LOGITS):
-            mask = present.reshape(*present.shape, *[1] * (tensor.dim() - 2)) if layout.kind(name) == "touched" else None
-            real[name] = tensor if mask is None else torch.where(mask, tensor, 0.0)
+            real[name] = torch.where(like(present, tensor), tensor, 0.0) if layout.kind(name) == "touched" else tensor
     if by == "entries":
         return {name: tensor.sign() for name, tensor in real.items()}
     return _of_units(layout, widths, real)

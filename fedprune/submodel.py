@@ -148,6 +148,11 @@ def positions(layout: Layout, dimension: Dimension, units: Mapping[str, IntArray
     return torch.cat(parts)
 
 
+def like(factor: Tensor, tensor: Tensor) -> Tensor:
+    """A factor of a tensor's leading axes, with axes of length 1 appended until it broadcasts along them."""
+    return factor.reshape(*factor.shape, *[1] * (tensor.dim() - factor.dim()))
+
+
 def mask(layout: Layout, dimension: Dimension, units: Mapping[str, IntArray]) -> Tensor:
     """1.0 where an entry of a dimension belongs to these units, else 0.0; float32 `[extent]`."""
     result = torch.zeros(layout.extent(dimension, layout.full))

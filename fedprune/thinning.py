@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedprune.axes import Layout
 from fedprune.random import keys, uniform_grid
+from fedprune.submodel import like
 from fedprune.types import Tensors
 
 
@@ -37,7 +38,7 @@ def thinned(
     # A chance that is not a number keeps its row: what has diverged shall be seen.
     factor = torch.where(drawn >= chance, 0.0, 1.0 / chance).float()
     for name in touched:
-        update[name].mul_(factor.reshape(*factor.shape, *[1] * (update[name].dim() - 2)))
+        update[name].mul_(like(factor, update[name]))
     return update
 
 

@@ -17,7 +17,7 @@ from fedprune.population import Examples, Private
 from fedprune.random import PRIORITIES, priorities
 from fedprune.recommenders import Recommender
 from fedprune.sparse import held_widths, slope
-from fedprune.submodel import Submodel, positions, there
+from fedprune.submodel import Submodel, like, positions, there
 from fedprune.types import Tensors
 
 
@@ -78,11 +78,11 @@ def train(
                 small = slope(layout, widths, scored, part.present, objective.sparse_by)
             for name, change in gradient.items():
                 if layout.kind(name) == "shared":
-                    change = change / _like(part.count.clamp(min=1), change)
+                    change = change / like(part.count.clamp(min=1), change)
                 if objective.proximal and name in update:
-                    change = change + objective.proximal * _like(at_work, change) * update[name]
+                    change = change + objective.proximal * like(at_work, change) * update[name]
                 if name in small:
-                    change = change + objective.sparse * _like(at_work, change) * small[name]
+                    change = change + objective.sparse * like(at_work, change) * small[name]
                 if name in trained:
                     change = change * trained[name]
                 update[name] = update[name] - objective.lr * change if name in update else change.mul_(-objective.lr)
@@ -226,7 +226,7 @@ class _Step:
         if weights is not None:
             for name in own:
                 rows = inputs[name].expand(-1, part.label.shape[1], *inputs[name].shape[2:])
-                inputs[name] = _Weighted.apply(rows, _like(weights, rows))
+                inputs[name] = _Weighted.apply(rows, like(weights, rows))
         for name, drawn in self.chance.items():
             pick = part.item_at is not None and name in layout.tensors and layout.kind(name) == "touched"
             inputs[f"{name}_noise"] = _pick(drawn, part.item_at) if pick and part.item_at is not None else drawn
@@ -241,7 +241,7 @@ class _Step:
         if self.recommender.penalty is not None and shared:
             # Not of padding, nor of a client that has run out of examples: both depend on who else is in the stack.
             real = {
-                n: torch.where(_like(part.present, t), t, t.detach()) if layout.kind(n) == "touched" else t
+                n: torch.where(like(part.present, t), t, t.detach()) if layout.kind(n) == "touched" else t
                 for n, t in leaves.items()
             }
             total = total + self.recommender.penalty(real) * part.heard.any(1)
@@ -278,13 +278,13 @@ def _adam(private: Private, gradient: Tensors, part: Examples, examples: Example
     beta1, beta2 = objective.betas
     values, first, second = {}, {}, {}
     for name, value in private.values.items():
-        g = gradient[name] / _like(count.clamp(min=1), value) + objective.decay_private * value
+        g = gradient[name] / like(count.clamp(min=1), value) + objective.decay_private * value
         m = torch.lerp(g, private.first[name], beta1)
         v = torch.lerp(g * g, private.second[name], beta2)
-        corrected = m / _like(1 - beta1 ** steps.clamp(min=1), m)
-        scale = (v / _like(1 - beta2 ** steps.clamp(min=1), v)).sqrt() + 1e-8
+        corrected = m / like(1 - beta1 ** steps.clamp(min=1), m)
+        scale = (v / like(1 - beta2 ** steps.clamp(min=1), v)).sqrt() + 1e-8
         moved = value - objective.lr_private * corrected / scale
-        on = _like(active, value)
+        on = like(active, value)
         values[name] = torch.where(on, moved, value)
         first[name] = torch.where(on, m, private.first[name])
         second[name] = torch.where(on, v, private.second[name])
@@ -308,8 +308,3 @@ def _pick(rows: Tensor, at: Tensor) -> Tensor:
     """`[clients, rows, ...]`, `[clients, batch]` -> `[clients, batch, ...]`."""
     client = torch.arange(len(at), device=at.device)[:, None]
     return rows[client, at]
-
-
-def _like(factor: Tensor, tensor: Tensor) -> Tensor:
-    """Append axes of length 1 until a factor broadcasts along a tensor's leading axes."""
-    return factor.reshape(*factor.shape, *[1] * (tensor.dim() - factor.dim()))

@@ -17,7 +17,8 @@ from fedprune.fleet.trainer import Result, Stack, Stacked, Trainer, one_by_one
 from fedprune.objective import Objective
 from fedprune.population import Population
 from fedprune.recommenders import Recommender
-from fedprune.types import ClientId, Seconds, Ticket
+from fedprune.submodel import Submodel
+from fedprune.types import ClientId, IntArray, Seconds, Ticket
 from fedprune.workload import Workload, workload
 
 PREFETCH = 1024
@@ -69,6 +70,7 @@ class VirtualFleet:
         self._busy: set[ClientId] = set()
         self._results: dict[Ticket, Result] = {}
         self._finished: list[Result] = []
+        self._counts: dict[Objective, tuple[IntArray, ...]] = {}
 
     # ---- the five verbs ----------------------------------------------------------------------------------------------
 
@@ -222,7 +224,7 @@ class VirtualFleet:
             client = None if self.workload == "equal" else order.client
             key = (order.submodel.key, order.objective, order.codec, order.cached, client)
             if key not in known:
-                known[key] = self._workload(order, client)
+                known[key] = self.asked_of(client, order.submodel, order.objective, order.codec, order.cached)
             loads.append(known[key])
         flops, teaching, down, up = (
             np.array([getattr(load, name) for load in loads], float) for name in ("training", "teacher", "down", "up")
@@ -234,17 +236,19 @@ class VirtualFleet:
         share = np.array([_in_time(order.objective.until, cost.seconds) for order, cost in zip(orders, costs, strict=True)])
         return share.tolist(), self.devices.costs(clients, tickets, flops * share, down, up, sizes, teaching)
 
-    def _workload(self, order: Order, client: ClientId | None) -> Workload:
+    def asked_of(
+        self, client: ClientId | None, submodel: Submodel, objective: Objective, codec: Codec, cached: bool = False
+    ) -> Workload:
         """What an order asks of a client; of the average one if none is named."""
-        population, objective = self.population, order.objective
-        each = (population.examples_of_client, population.rows_of_client, population.listed_of_client)
-        examples, rows, listed = (
-            float(count(objective).mean() if client is None else count(objective)[client]) for count in each
-        )
+        if objective not in self._counts:
+            population = self.population
+            each = (population.examples_of_client, population.rows_of_client, population.listed_of_client)
+            self._counts[objective] = tuple(count(objective) for count in each)
+        examples, rows, listed = (float(count.mean() if client is None else count[client]) for count in self._counts[objective])
+        items = self.population.items
         return workload(
-            self.recommender.layout, order.submodel, objective, order.codec, examples=examples, listed=round(listed),
-            rows=round(rows) if order.codec.rows == "touched" else population.items, items=population.items,
-            cached=order.cached,
+            self.recommender.layout, submodel, objective, codec, examples=examples, listed=round(listed),
+            rows=round(rows) if codec.rows == "touched" else items, items=items, cached=cached,
         )  # fmt: skip
 
 

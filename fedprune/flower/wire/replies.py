@@ -21,6 +21,7 @@ from fedprune.flower.wire.fields import FORMAT, arrays_of, list_of, need, part_o
 from fedprune.flower.wire.orders import Parcel
 from fedprune.flower.wire.packing import Precision, laid_out, picked_up
 from fedprune.flower.wire.updates import pack, plan, sizes_of, unpack
+from fedprune.submodel import like
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _read_stacks(
         submodels, precision = tuple(order.submodel for order in group), group[0].codec.precision
         tensors = unpack(part, layout, submodels, rows.shape[1], own)
         for name in layout.named("touched"):
-            away = ~present.reshape(*rows.shape, *[1] * (tensors[name].dim() - 2))
+            away = ~like(present, tensors[name])
             kind = "update" if precision == "float32" else "codes" if len(layout.tensors[name]) > 1 else "halves"
             need(not bool((tensors[name] * away).any()), kind, "changes rows that it says were not trained")
         result.append(Updates(submodels, rows, present, tensors))
