@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
+
 from fedprune.axes import BYTES_PER_ENTRY, Layout
 from fedprune.errors import ConfigError
 from fedprune.submodel import Submodel, there
-from fedprune.types import Bytes
+from fedprune.types import Bytes, Rate
 
 BYTES_PER_HALF = 2
 """float16: a row's scale, and an entry of a vector beside int8 matrices."""
@@ -98,6 +100,20 @@ def sizes(layout: Layout, submodel: Submodel, rows: int, codec: Codec = Codec())
             up += trained + BYTES_PER_HALF * _shape(layout, name, submodel, reported, "trained")[0]
     masks = -(-masks // 8)
     return Sizes(parameters, down + masks, masks, up)
+
+
+@lru_cache(maxsize=1024)
+def fitting(layout: Layout, room: Rate, precision: Literal["float32", "int8"]) -> Rate:
+    """The largest rate whose model, kept at this precision, takes no more memory than the one at rate `room` as float32."""
+    if precision == "float32":
+        return room
+    memory, most = layout.bytes(layout.widths(room), layout.items), max(axis.size for axis in layout.axes.values())
+    for units in range(most, 0, -1):
+        rate = max(units / most, layout.smallest_rate)
+        kept = Submodel({axis: np.arange(width) for axis, width in layout.widths(rate).items()})
+        if rate <= room or sizes(layout, kept, layout.items, Codec(precision=precision)).down <= memory:
+            return max(rate, room)
+    return room
 
 
 Part = Literal["held", "trained"]

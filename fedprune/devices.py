@@ -68,7 +68,7 @@ class DeviceTable:
         noise: standard deviation of the logarithm of an order's duration.
         availability: share of the time that a client can be reached, in slots of `slot` seconds.
         dropout: probability that a client vanishes in the middle of an order.
-        capacity: largest rate whose model fits into each device's memory; None: everything fits.
+        capacity: largest rate whose float32 model fits into each device's memory; None: everything fits.
     """
 
     name: str

@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedprune.axes import Layout
 from fedprune.objective import Objective
 from fedprune.population import STACK, Population, private_columns
+from fedprune.precision import nearest
 from fedprune.ranking import Scorer
 from fedprune.recommenders import Recommender
 from fedprune.submodel import Submodel, extract, positions
 from fedprune.training import received, train
-from fedprune.types import IntArray, Tensors
+from fedprune.types import BoolArray, IntArray, Tensors
 
 
-def scorer(recommender: Recommender, model: Tensors, private: Tensors, submodels: Sequence[Submodel] | None = None) -> Scorer:
+def scorer(
+    recommender: Recommender,
+    model: Tensors,
+    private: Tensors,
+    submodels: Sequence[Submodel] | None = None,
+    rounded: BoolArray | None = None,
+) -> Scorer:
     """Scores of the whole catalogue for a chunk of users.
 
     Args:
         model: the full model.
         private: rows of the whole population.
         submodels: what each *user's* device holds; None scores everybody with the full model.
+        rounded: which *users'* devices keep it as int8 (`precision.nearest`); None: nobody's.
     """
     layout = recommender.layout
     full = Submodel.full(layout)
 
     def score(users: IntArray) -> Tensor:
         held = [full] * len(users) if submodels is None else [submodels[u] for u in users]
+        short = [False] * len(users) if rounded is None else rounded[users].tolist()
         result = torch.empty(len(users), next(model[n].shape[0] for n in layout.named("touched")))
-        groups: dict[bytes, list[int]] = {}
-        for place, submodel in enumerate(held):
-            groups.setdefault(submodel.held_key, []).append(place)
-        for places in groups.values():
-            submodel = held[places[0]]
-            result[places] = cut_scorer(recommender, extract(model, layout, submodel), submodel, private)(users[places])
+        for places, submodel, cut in _alike(layout, model, held, short):
+            result[places] = cut_scorer(recommender, cut, submodel, private)(users[places])
         return result
 
     return score
@@ -70,6 +76,7 @@ def listen(
     seed: int,
     version: int,
     submodels: Sequence[Submodel] | None = None,
+    rounded: Sequence[bool] | None = None,
 ) -> None:
     """Clients that never get an order fit their private rows to the served model, or they could be shown nothing.
 
@@ -79,16 +86,15 @@ def listen(
     Args:
         model: the full one, or one that is cut along the only submodel already.
         submodels: what each of these clients is served with, in their order; None: the model as it is.
+        rounded: which of them keep it as int8; None: nobody.
     """
     layout = recommender.layout
-    groups: dict[bytes, list[int]] = {}
-    held = [Submodel.full(layout)] * len(clients) if submodels is None else submodels
-    for place, submodel in enumerate(held):
-        groups.setdefault(submodel.held_key, []).append(place)
-    for places in groups.values():
-        submodel, alike = held[places[0]], [clients[place] for place in places]
-        cut = model if submodels is None else extract(model, layout, submodel)
-        columns = private_columns(layout, submodel)
+    if submodels is None:
+        groups = [([*range(len(clients))], Submodel.full(layout), model)]
+    else:
+        groups = _alike(layout, model, submodels, rounded or [False] * len(clients))
+    for places, submodel, cut in groups:
+        alike, columns = [clients[place] for place in places], private_columns(layout, submodel)
         for stack in population.stacks(alike, objective, STACK):
             part = [alike[place] for place in stack]
             tickets = [(version + 1) * population.clients + c for c in part]
@@ -97,6 +103,18 @@ def listen(
             for _ in range(steps):
                 private = train(recommender, frozen, private, examples, objective, frozen=True).private
             population.put(examples.users, columns, private, examples.real_users)
+
+
+def _alike(
+    layout: Layout, model: Tensors, held: Sequence[Submodel], rounded: Sequence[bool]
+) -> Iterator[tuple[list[int], Submodel, Tensors]]:
+    """Places that hold the same, what that is, and that much of a model."""
+    groups: dict[tuple[bytes, bool], list[int]] = {}
+    for place, (submodel, short) in enumerate(zip(held, rounded, strict=True)):
+        groups.setdefault((submodel.held_key, short), []).append(place)
+    for (_, short), places in groups.items():
+        cut = extract(model, layout, held[places[0]])
+        yield places, held[places[0]], nearest(layout, cut).tensors if short else cut
 
 
 def own_submodels(client_of_user: IntArray, submodels: Sequence[Submodel]) -> list[Submodel]:

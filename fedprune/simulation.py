@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fedprune import snapshot
-from fedprune.codec import Codec
+from fedprune.codec import Codec, fitting
 from fedprune.config import Settings
 from fedprune.data import Interactions, Split, leave_one_out, load, one_per_user, silos
 from fedprune.devices import DeviceTable, FullReport, disturbed, limited, linear, named, phones
@@ -38,9 +38,8 @@ from fedprune.record import Snapshot
 from fedprune.serving import listen, own_submodels, scorer
 from fedprune.strategy import ServerState, Strategy
 from fedprune.submodel import Submodel
-from fedprune.types import FloatArray, IntArray
+from fedprune.types import BoolArray, FloatArray, IntArray
 from fedprune.warmstart import WarmStart
-from fedprune.workload import workload
 
 
 @dataclass(frozen=True)
@@ -106,12 +105,12 @@ class Simulation:
         settings, recommender, split = self.settings, self.recommender, self.split
         self.fleet.settle()
         state = self.strategy.begun(state)
-        held = self._submodels(state)
+        held, rounded = self._held(state)
         if silent and settings.listen_steps:
             listen(
                 recommender, self.listeners, state.model, silent, self.strategy.served,
                 steps=settings.listen_steps, seed=settings.seed, version=state.version,
-                submodels=[held[client] for client in silent],
+                submodels=[held[client] for client in silent], rounded=rounded[list(silent)].tolist(),
             )  # fmt: skip
         groups = {"slow": self._slow_users()}
         if self.fleet.devices.capacity is not None:
@@ -123,8 +122,8 @@ class Simulation:
         }
         own = own_submodels(self.client_of_user, held)
         result: dict[str, dict[str, float]] = {}
-        scorers = {"": scorer(recommender, state.model, private, own)}
-        if len({s.held_key for s in own}) > 1 or own[0].held_key != Submodel.full(recommender.layout).held_key:
+        scorers = {"": scorer(recommender, state.model, private, own, rounded[self.client_of_user])}
+        if rounded.any() or len({s.held_key for s in own}) > 1 or own[0].held_key != Submodel.full(recommender.layout).held_key:
             scorers["_global"] = scorer(recommender, state.model, private)
         for name, seen, held_out in (
             ("validation", split.train, split.validation),
@@ -142,26 +141,17 @@ class Simulation:
                 result[name] |= {f"{key}_global": value for key, value in result[name].items()}
         return result
 
-    def _submodels(self, state: ServerState) -> list[Submodel]:
-        """What each client's device holds now."""
+    def _held(self, state: ServerState) -> tuple[list[Submodel], BoolArray]:
+        """What each client's device holds now, and who keeps it as int8."""
         everybody, devices = np.arange(self.clients), self.fleet.devices
-        return self.strategy.submodels(state, everybody, Roster(everybody, self.clients, devices.slowness, devices.capacity))
+        return self.strategy.held(state, everybody, Roster(everybody, self.clients, devices.slowness, devices.capacity))
 
     def _full_seconds(self) -> FloatArray:
         """What a report of the full model takes each client, of its own data."""
-        population, layout, rows = self.fleet.population, self.recommender.layout, self.settings.rows
-        objective = replace(self.strategy.objective, distillation=None)
-        loads = [
-            workload(
-                layout, Submodel.full(layout), objective, Codec(rows=rows), examples=float(examples), listed=0,
-                rows=int(touched) if rows == "touched" else population.items, items=population.items,
-            )
-            for examples, touched in zip(
-                population.examples_of_client(objective), population.rows_of_client(objective), strict=True
-            )
-        ]  # fmt: skip
+        objective, codec = replace(self.strategy.objective, distillation=None), Codec(rows=self.settings.rows)
+        everybody, full = np.arange(self.clients), Submodel.full(self.recommender.layout)
+        loads = [self.fleet.asked_of(client, full, objective, codec) for client in everybody.tolist()]
         flops, down, up = (np.array([getattr(load, name) for load in loads], float) for name in ("training", "down", "up"))
-        everybody = np.arange(self.clients)
         costs = replace(self.fleet.devices, noise=0.0).costs(
             everybody, everybody.tolist(), flops, down, up, [load.parameters for load in loads]
         )
@@ -222,13 +212,17 @@ def check_memory(strategy: Strategy, state: ServerState, devices: DeviceTable) -
     layout, rate, client = state.layout, float(devices.capacity.min()), int(devices.capacity.argmin())
     if rate < layout.smallest_rate:
         raise ConfigError(f"memory_rate is {rate:g}; the smallest rate for this model is {layout.smallest_rate:g}")
-    held, room = strategy.carve(strategy.begun(state), client, rate).widths, layout.widths(rate)
+    begun, everybody = strategy.begun(state), np.arange(devices.clients)
+    roster = Roster(everybody, devices.clients, devices.slowness, devices.capacity)
+    precision = strategy.planned(begun, np.array([client]), roster)[1][0].codec.precision
+    fits = fitting(layout, rate, precision)
+    held, room = strategy.carve(begun, client, fits).widths, layout.widths(fits)
     for axis, most in room.items():
         if held[axis] > most:
             raise ConfigError(
                 f"strategy {strategy.name} has devices hold {held[axis]} of {layout.axes[axis].size} units of "
-                f'"{axis}", and memory_rate {rate:g} leaves room for {most}: windows and masks do not make a model smaller; '
-                "take one that cuts units off, as heterofl and adaptcl do, or set memory_limited to 0"
+                f'"{axis}", and memory_rate {rate:g} leaves room for {most} as {precision}: windows and masks do not make a '
+                "model smaller; take one that cuts units off, as heterofl and adaptcl do, or set memory_limited to 0"
             )
     taught = strategy.objective.distillation
     if taught is not None and taught.teacher == "local":

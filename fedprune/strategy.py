@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from fedprune.axes import Layout
-from fedprune.codec import Codec
+from fedprune.codec import Codec, fitting
 from fedprune.entries import All, Entries, joined
 from fedprune.exchange import Fleet, Lost, Order, Report, Roster
 from fedprune.gather import Gather
@@ -26,7 +26,7 @@ from fedprune.rates import Fixed, Offer, RateLearner
 from fedprune.selection import Selector, Uniform
 from fedprune.spending import Plan, Spending, Width
 from fedprune.submodel import Submodel
-from fedprune.types import ClientId, FloatArray, IntArray, Memory, Rate, Seconds, Tensors, Ticket, Version
+from fedprune.types import BoolArray, ClientId, FloatArray, IntArray, Memory, Rate, Seconds, Tensors, Ticket, Version
 from fedprune.workload import shares
 
 LEVELS = 33
@@ -53,26 +53,33 @@ class Strategy:
         """The objective as orders carry it: with the gate that the choice of entries needs."""
         return replace(self.objective, gate=True) if self.entries.gate else self.objective
 
-    def submodels(self, state: ServerState, clients: IntArray, roster: Roster) -> list[Submodel]:
-        """What each of these clients' devices would hold if it were asked now; users are served with that."""
+    def held(self, state: ServerState, clients: IntArray, roster: Roster) -> tuple[list[Submodel], BoolArray]:
+        """What each of these clients' devices would hold if it were asked now, and who for want of memory keeps it as int8;
+        users are served with that."""
         state = self.begun(state)
         _, plans = self.planned(state, clients, roster)
-        return [self.carve(state, client, plan.rate) for client, plan in zip(clients.tolist(), plans, strict=True)]
+        submodels = [self.carve(state, client, plan.rate) for client, plan in zip(clients.tolist(), plans, strict=True)]
+        return submodels, limited(roster, clients) & np.array([plan.codec.precision == "int8" for plan in plans], bool)
 
     def planned(self, state: ServerState, clients: IntArray, roster: Roster) -> tuple[FloatArray, list[Plan]]:
-        """These clients' budgets, and what they are spent on; nobody gets more of the model than fits into its memory."""
+        """These clients' budgets, and what they are spent on; nobody gets more of the model than fits into its memory, where
+        it stays as it has travelled."""
         budgets = self.rates.propose(state.rates, clients, roster, self.offer(state))
         forecast = self.rates.forecast(state.rates, roster.population)
         periods, seconds = np.ones(len(clients)), state.spending.get("seconds")
         if forecast is not None and forecast.target is not None:
             own = (forecast.seconds[clients] * self.offer(state).at(budgets)).sum(1)
             periods = np.nan_to_num(np.maximum(own / forecast.target, 1.0), nan=1.0)
-        plans = [
-            self.spending.plan(budget, period, None if seconds is None else seconds[client], self.told, self.codec)
-            for client, budget, period in zip(clients.tolist(), budgets.tolist(), periods.tolist(), strict=True)
+        short = limited(roster, clients)
+        plans = [  # where memory is short, what travels is small whatever a device's seconds are spent on
+            self.spending.plan(budget, period, None if seconds is None or tight else seconds[client], self.told, self.codec)
+            for client, budget, period, tight in zip(
+                clients.tolist(), budgets.tolist(), periods.tolist(), short.tolist(), strict=True
+            )
         ]
         if roster.capacity is not None:
-            fits = np.maximum(roster.capacity[clients], state.layout.smallest_rate).tolist()
+            rooms = np.maximum(roster.capacity[clients], state.layout.smallest_rate).tolist()
+            fits = [fitting(state.layout, room, p.codec.precision) for room, p in zip(rooms, plans, strict=True)]
             plans = [p if p.rate <= most else replace(p, rate=most) for p, most in zip(plans, fits, strict=True)]
             budgets = np.minimum(budgets, fits)  # what the learner will hear the time of
         return budgets, plans
@@ -219,11 +226,10 @@ def ask(strategy: Strategy, state: ServerState, roster: Roster, before: int = 0)
 
 def from_cache(order: Order, state: ServerState) -> Order:
     """The same order for a client that works with an earlier version, as far as it does not train a window of it."""
-    age = state.version % order.codec.refresh
-    has = bool(state.cached and state.cached["version"][order.client] == state.version - age)
+    has = bool(state.cached and state.cached["version"][order.client] == order.base)
     if order.submodel.is_window:
         return replace(order, rest=state.base, cached=has)
-    return replace(order, model=state.base, age=age, cached=has)
+    return replace(order, model=state.base, age=order.version - order.base, cached=has)
 
 
 @dataclass
@@ -292,8 +298,13 @@ def copies(cached: Memory, orders: Sequence[Order], lost: Sequence[Lost], popula
     version[list(gone.values())] = -1
     for order in orders:
         if order.ticket not in gone:
-            version[order.client] = order.version - order.version % order.codec.refresh
+            version[order.client] = order.base
     return {"version": version}
+
+
+def limited(roster: Roster, clients: IntArray) -> BoolArray:
+    """Whose memory cannot hold the full model."""
+    return np.zeros(len(clients), bool) if roster.capacity is None else roster.capacity[clients] < 1
 
 
 def arrival(report: Report, version: Version, busy: Seconds, spared: float = 0.0) -> Report:

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import drawings
 import numpy as np
 import torch
 from torch import Tensor
@@ -138,6 +139,18 @@ def staged(recommender: Recommender, cuts: Sequence[int], alone: bool) -> Recomm
     return replace(recommender, score=score)
 
 
+def scaled(recommender: Recommender) -> Recommender:
+    """A sum over fewer inputs counts as if all were there: HeteroFL's scaler (Diao et al. 2021, section 3)."""
+    layout = recommender.layout
+    names = [name for name in layout.named("shared") if name.endswith("_weight")] or ["item_embedding"]
+
+    def score(tensors: Tensors) -> Tensor:
+        larger = {name: tensors[name] * (layout.shape(name)[-1] / tensors[name].shape[-1]) for name in names}
+        return recommender.score(tensors | larger)
+
+    return replace(recommender, score=score)
+
+
 # ---- arms ------------------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +162,7 @@ class Arm:
         widths: see `widths`.
         groups: by which widths its users are reported, so that arms compare the same users.
         lr: of the server.
-        tasks: "alone" or "each": see `staged`.
+        tasks: "alone" or "each": see `staged`; "scaled": see `scaled`.
         cuts: where stages end, as shares.
         merge: with Adam at `lr` as its optimiser.
         seeds: at most so many.
@@ -184,6 +197,7 @@ def arms() -> list[Arm]:
         replace(fast, name="everybody 1/4", widths="0.25", lr=0.01),
         replace(fast, name="everybody 1/8", widths="0.125", lr=0.015),
         fast,
+        replace(fast, name="prefix, scaled by width", tasks="scaled", seeds=1),
         replace(fast, name="prefix, damped", lr=0.01, merge=Merge(damp=1.0)),
         replace(fast, name="prefix, alone", lr=0.01, tasks="alone"),
         replace(fast, name=both, lr=0.015, tasks="alone", merge=Merge(damp=2.0)),
@@ -199,6 +213,7 @@ def arms() -> list[Arm]:
         replace(tower, name="everybody whole", widths="1"),
         replace(tower, name="everybody 1/4", widths="0.25"),
         tower,
+        replace(tower, name="prefix, scaled by width", tasks="scaled"),
         replace(tower, name="prefix, damped", merge=Merge(damp=1.0)),
     ]
 
@@ -236,13 +251,15 @@ def run(arm: Arm, seed: int, split: Split, rounds: int) -> dict[str, Any]:
     rates = Given(own=tuple(own.tolist()))
     merge = replace(arm.merge, optimiser=Adam(arm.lr))
     strategy = replace(simulation.strategy, rates=rates, pruning=arm.pruning, merge=merge)
-    if arm.tasks != "together":
+    if arm.tasks == "scaled":
+        simulation.fleet.recommender = plain = scaled(plain)
+    elif arm.tasks != "together":
         full = plain.layout.axes["latent"].size
         simulation.fleet.recommender = staged(plain, [round(c * full) for c in arm.cuts], arm.tasks == "alone")
     whole, narrowest = Submodel.full(plain.layout), Leading().carve({}, plain.layout, 0, 0, float(groups.min()))
     roster = Roster(np.arange(clients), clients, np.ones(clients))
     held = [Leading().carve({}, plain.layout, 0, 0, rate) for rate in widths(arm.groups, clients, seed).tolist()]
-    served = [Submodel(s.held) for s in strategy.submodels(simulation.state, roster.clients, roster)]
+    served = [Submodel(s.held) for s in strategy.held(simulation.state, roster.clients, roster)[0]]
     state, best, found = simulation.state, 0.0, {}
     for number in range(1, rounds + 1):
         state, _ = one_round(strategy, state, simulation.fleet)
@@ -369,6 +386,10 @@ def main() -> None:
         print(json.dumps([{"model": arm.model, "name": arm.name, "results": results} for arm, results in found.items()]))
     elif not (arguments.quick or arguments.only):
         (HERE / "tables" / "widths.md").write_text(table(found))
+        panels: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for arm, results in found.items():
+            panels.setdefault(f"{arm.model}, widths by {arm.groups}", {})[arm.name] = results
+        drawings.widths(panels, HERE / "figures" / "widths.png")
 
 
 if __name__ == "__main__":

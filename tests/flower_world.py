@@ -85,7 +85,7 @@ class FlowerWorld:
 
     def order(self, client: int, ticket: int, **changes: object) -> Order:
         """An order for the whole model."""
-        submodel = self.strategy.submodels(self.state, np.array([client]), self.fleet.idle())[0]
+        submodel = self.strategy.held(self.state, np.array([client]), self.fleet.idle())[0][0]
         order = Order(
             ticket, client, self.state.version, 1.0, submodel, self.strategy.objective, self.strategy.codec,
             self.state.model, self.state.seed, self.strategy.gather.expires,

@@ -144,7 +144,7 @@ def test_who_is_never_asked_listens_through_the_mask(tmp_path: Path, strategy: s
     for _ in range(4):
         state, _ = one_round(here.strategy, state, here.fleet)
     clients = np.arange(here.clients)
-    held = here.strategy.submodels(state, clients, Roster(clients, here.clients, here.fleet.devices.slowness))
+    held, _ = here.strategy.held(state, clients, Roster(clients, here.clients, here.fleet.devices.slowness))
     assert all(submodel.entries for submodel in (held[3], held[4])), "nothing is masked"
     expected, unmasked = here.listeners.copy(), here.listeners.copy()
     told, steps, version = here.strategy.objective, here.settings.listen_steps, state.version

@@ -8,17 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from files import SETTINGS, settings
 from world import world
 
+from fedprune.codec import Codec, fitting, sizes
 from fedprune.config import Settings, read
 from fedprune.devices import limited
 from fedprune.errors import ConfigError
 from fedprune.evaluation import average, quality, rank_held_out
 from fedprune.experiment import digest
+from fedprune.precision import nearest
+from fedprune.pruning import Leading
+from fedprune.recommenders import mf, neumf
 from fedprune.record import RunRecord
 from fedprune.serving import own_submodels, scorer
-from fedprune.simulation import Simulation, prepare, read_data, run
+from fedprune.simulation import Simulation, check_memory, prepare, read_data, run
 from fedprune.strategy import one_round
 from fedprune.submodel import Submodel
 
@@ -96,14 +101,14 @@ def test_limited_devices_never_get_more(tmp_path: Path, strategy: str, recommend
         trained |= check(here, [o.client for o in happened.orders], [o.submodel for o in happened.orders])
         wide = [o.submodel.widths["latent"] > 3 for o in happened.orders if capacity[o.client] == 1]
         free = free or any(wide)
-        assert check(here, everybody, here._submodels(state)) == set(np.flatnonzero(capacity < 1))
+        assert check(here, everybody, here._held(state)[0]) == set(np.flatnonzero(capacity < 1))
     assert trained and free, "limited and free devices took part"
 
 
 @pytest.mark.parametrize(
     ("strategy", "changes", "text"),
     [
-        ("window", [], 'window has devices hold 8 of 8 units of "latent", and memory_rate 0.375 leaves room for 3'),
+        ("window", [], 'window has devices hold 8 of 8 units of "latent", and memory_rate 0.375 leaves room for 3 as float32'),
         ("lth_sad", [], "masks do not make a model smaller"),
         ("lth_sad", ["lth_sad.taught=false"], "masks do not make a model smaller"),
         ("dpf", [], "masks do not make a model smaller"),
@@ -126,6 +131,71 @@ def test_without_limits_they_run(tmp_path: Path, strategy: str):
     assert simulated(chosen(tmp_path, strategy, "memory_limited=0")).fleet.devices.capacity is None
 
 
+# ---- what travels as int8 stays so -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("latent", "room", "units"), [(32, 0.25, 32), (32, 0.125, 16), (8, 0.375, 8), (8, 0.125, 4)])
+def test_more_units_fit_as_int8(latent: int, room: float, units: int):
+    """An item takes 4 bytes a unit and 4 for its bias; as int8 1 a unit, 2 for the row's scale and 2 for its bias."""
+    layout = mf(users=5, items=7, latent=latent).layout
+    assert fitting(layout, room, "float32") == room
+    assert layout.widths(fitting(layout, room, "int8"))["latent"] == units
+    assert 4 * (room * latent + 1) >= units + 4 and (units == latent or 4 * (room * latent + 1) < units + 5)
+
+
+def test_an_int8_table_is_never_smaller():
+    """Nor wider than memory allows, where towers shrink with the square of the rate."""
+    layout = neumf(users=5, items=40, latent=16, hidden=(32, 16)).layout
+    for room in np.linspace(layout.smallest_rate, 1.0, 9).tolist():
+        rate = fitting(layout, room, "int8")
+        assert rate >= room
+        submodel = Leading().carve({}, layout, 0, 0, rate)
+        assert sizes(layout, submodel, 40, Codec(precision="int8")).down <= layout.bytes(layout.widths(room), 40)
+
+
+def test_limited_devices_keep_what_has_travelled_as_int8(tmp_path: Path):
+    """All 8 dimensions in the memory of 3; their users are served with the rounded table, the others with it as it is."""
+    here = simulated(chosen(tmp_path, "skip", "skip.precision=int8", "memory_who=random"))
+    state, happened = one_round(here.strategy, here.state, here.fleet)
+    assert all(order.submodel.widths["latent"] == 8 for order in happened.orders)
+    capacity, private = here.fleet.devices.capacity, here.fleet.population.private.values
+    assert capacity is not None
+    held, rounded = here._held(state)
+    assert {submodel.widths["latent"] for submodel in held} == {8}
+    np.testing.assert_array_equal(rounded, capacity < 1)
+    users = rounded[here.client_of_user]
+    seen, held_out, found = here.split.seen_before_test(), here.split.test, here.evaluate(state)["test"]
+    model = nearest(here.recommender.layout, state.model).tensors
+    assert any(not torch.equal(model[name], state.model[name]) for name in model)
+    short, whole = scorer(here.recommender, model, private), scorer(here.recommender, state.model, private)
+    everybody = np.arange(len(users))
+    mixed = scorer(here.recommender, state.model, private, own_submodels(here.client_of_user, held), users)(everybody)
+    expected = torch.where(torch.from_numpy(users)[:, None], short(everybody), whole(everybody))
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=0)
+    limited_users = average(quality(rank_held_out(short, seen, held_out)), users)
+    assert found["ndcg10_expected_limited"] == limited_users["ndcg10_expected"]
+
+
+def test_a_window_fits_where_int8_does(tmp_path: Path):
+    here = simulated(chosen(tmp_path, "window", "memory_limited=0"))
+    devices = limited(here.fleet.devices, 0.4, 0.375)
+    with pytest.raises(ConfigError, match="leaves room for 3 as float32"):
+        check_memory(here.strategy, here.state, devices)
+    check_memory(replace(here.strategy, codec=replace(here.strategy.codec, precision="int8")), here.state, devices)
+
+
+def test_auto_is_int8_where_memory_is_short(tmp_path: Path):
+    """Whatever a device spends its time on."""
+    here = simulated(chosen(tmp_path, "fedprune", "device_class=compute_bound", "fedprune.precision=auto"))
+    strategy = replace(here.strategy, spending=replace(here.strategy.spending, worth=1.0))  # moving is never worth it
+    capacity, state, seen = here.fleet.devices.capacity, here.state, set()
+    assert capacity is not None
+    for _ in range(6):
+        state, happened = one_round(strategy, state, here.fleet)
+        seen |= {(capacity[o.client] < 1, o.codec.precision) for o in happened.orders if state.version > 3}
+    assert (True, "int8") in seen and (False, "float32") in seen and (True, "float32") not in seen
+
+
 # ---- what is said of them --------------------------------------------------------------------------------------------
 
 
@@ -136,7 +206,7 @@ def test_a_figure_of_their_users(tmp_path: Path):
     assert capacity is not None
     found, private = here.evaluate(state)["test"], here.fleet.population.private.values
     users = (capacity < 1)[here.client_of_user]
-    own = own_submodels(here.client_of_user, here._submodels(state))
+    own = own_submodels(here.client_of_user, here._held(state)[0])
     seen, held_out = here.split.seen_before_test(), here.split.test
     for suffix, score in {
         "": scorer(here.recommender, state.model, private, own),
