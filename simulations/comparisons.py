@@ -22,7 +22,10 @@ TABLES = {
     "accuracy_recency": ("ml100k-mf.toml", ["recency=true"]),
     "stragglers": (
         "quickstart.toml",
-        ['strategies=["fedavg","drop_weak","smallest","skip","deadline","fedprox","heterofl","window","adaptcl"]'],
+        [
+            'strategies=["fedavg","drop_weak","smallest","skip","deadline","fedprox","heterofl","window","adaptcl","fedmp",'
+            '"learned_width","fedprune"]'
+        ],
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Runs for `spending.py`: from settings to a curve of quality over virtual time, one file per run."""
+"""Runs for `spending.py` and `memory.py`: from settings to a curve of quality over virtual time, one file per run."""
 
 from __future__ import annotations
 
@@ -60,6 +60,11 @@ class Job:
         )
 
 
+FIGURES = (
+    "ndcg10_expected", "ndcg10_expected_slow", "ndcg10_full", "ndcg10_expected_limited", "ndcg10_expected_limited_global",
+)  # fmt: skip
+"""Of the test items; the last two where there are devices of limited memory."""
+
 CHEAP = Mix(negatives=3, lr_private=0.08, precision="int8")
 
 
@@ -108,7 +113,7 @@ def learn(job: Job) -> dict[str, Any]:
             here = simulation.evaluate(state, silent)
             value = here["validation"]["ndcg10_expected"]
             best, flat = (value, 0) if value > best else (best, flat + 1)
-            point = {key: here["test"].get(key) for key in ("ndcg10_expected", "ndcg10_expected_slow", "ndcg10_full")}
+            point = {key: here["test"][key] for key in FIGURES if key in here["test"]}
             curve.append({"seconds": fleet.now(), "joules": joules, "validation": value, "reports": reports} | point)
     spread = simulation.heterogeneity()
     result = {"arm": job.arm, "seed": job.seed, "curve": curve, "reports": reports, "rounds": state.version}
@@ -168,7 +173,7 @@ def stretch(result: dict[str, Any], full: dict[str, Any], device_class: str) -> 
             + up * result["bytes_up"] / full["bytes_up"]
         )
 
-    return (report(device_class) / sum(CLASSES[device_class])) / (report("balanced") / sum(CLASSES["balanced"]))
+    return report(device_class) / report("balanced")
 
 
 def mean(values: Sequence[float | None], form: str = ",.0f") -> str:

@@ -1,0 +1,88 @@
+"""What the studies compute from their runs, on runs made up here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import curves
+import drawings
+import memory
+import numpy as np
+import pytest
+import rate_learners
+import spending
+import widths
+
+
+def result(*curve: tuple[float, float], up: float = 100.0, flops: float = 100.0, **more: float) -> dict[str, Any]:
+    """A run whose (seconds, validation) are these."""
+    figures = dict.fromkeys(curves.FIGURES, 0.4)
+    points = [{"seconds": s, "joules": 2 * s, "validation": v, "reports": 1} | figures for s, v in curve]
+    return {"curve": points, "bytes_up": up, "bytes_down": up, "flops": flops, "ceiling": 2.5, "rounds": 9} | more
+
+
+SLOW, FAST, LOW = result((10, 0.2), (110, 0.4)), result((5, 0.3), (15, 0.4), up=25, flops=50), result((5, 0.1), (9, 0.3))
+
+
+def test_time_to_a_target_is_linear_between_evaluations():
+    assert curves.reached(SLOW, 0.3) == pytest.approx(60.0)
+    assert curves.reached(SLOW, 0.3, "joules") == pytest.approx(120.0)
+    assert curves.reached(SLOW, 0.1) == 10, "the first evaluation is the earliest time known"
+    assert curves.reached(SLOW, 0.41) is None
+
+
+def test_another_class_of_devices_is_another_clock():
+    """Shares .25, .5, .25 on balanced devices, .1, .2, .7 on a slow uplink: (.8 * .25 + .2 * .5) / (.5 * .25 + .5 * .5)."""
+    assert curves.stretch(SLOW, SLOW, "slow_uplink") == pytest.approx(1.0)
+    assert curves.stretch(FAST, SLOW, "slow_uplink") == pytest.approx(0.3 / 0.375)
+    assert curves.stretch(FAST, SLOW, "balanced") == pytest.approx(1.0)
+
+
+def test_ratios_are_of_the_same_seed():
+    runs = {"fedavg": {0: SLOW, 1: SLOW}, "fedavg_tuned": {0: FAST, 1: LOW}, "skip": {0: FAST, 1: FAST}, "fedprune": {1: FAST}}
+    rows = {row["strategy"]: row for row in spending.compared(runs, {"fleet": "x", "sigma": 1, "class": "balanced"})}
+    assert rows["fedavg"]["seconds_95%"] == pytest.approx([100.0, 100.0])
+    assert rows["fedprune"]["seconds_95%"] == pytest.approx([13.0])
+    assert rows["fedprune"]["fedavg_95%"] == pytest.approx([100 / 13])
+    assert rows["fedprune"]["fedavg_tuned_95%"] == [None], "its rival never got there with that seed"
+    text = spending.main_table(list(rows.values()))
+    assert "| fedprune (1 seeds) | 13 |" in text and "7.7 /" in text
+
+
+def test_the_grid_scales_who_waits_to_smaller_differences(tmp_path: Path):
+    arms = {"fedavg": SLOW, "fedavg_tuned": FAST, "narrower for good, learned": LOW}
+    found = {curves.Job(arm, (*spending.GRID[arm][0], "sigma=10"), 0, spending.GRID[arm][1]): r for arm, r in arms.items()}
+    rows = {(row["sigma"], row["arm"]): row for row in spending.grid_rows(found)}
+    assert rows[10, "fedavg"]["balanced"] == pytest.approx([100.0]) and rows[2, "fedavg"]["balanced"] == pytest.approx([20.0])
+    assert rows[2, "fedavg"]["joules"] == [] and rows[10, "fedavg"]["joules"] == pytest.approx([200.0])
+    assert (2, "narrower for good, learned") not in rows and rows[10, "narrower for good, learned"]["balanced"] == [None]
+    assert "| narrower for good, learned | never | never | never | never | 0.4000 |" in spending.grid_table(list(rows.values()))
+    drawings.grid(list(rows.values()), tmp_path / "grid.png")
+    drawings.over_time({"x": {"a": [SLOW, FAST], "b": [LOW]}}, tmp_path / "time.png", (0.0, 0.5))
+    own = {"own": {"all": 0.4, "0.25": 0.3, "1": 0.5}}
+    drawings.widths({"x": {"a": [own], "b": [own, own]}}, tmp_path / "widths.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("grid", "time", "widths"))
+
+
+def test_every_job_is_a_run_of_its_own():
+    jobs = [
+        *spending.main_jobs(5, ("users", "silos"), (2, 10)),
+        *spending.grid_jobs(1),
+        *spending.tafeng_jobs(3),
+        *memory.jobs(3),
+    ]
+    same = {(job.changes, job.variant, job.seed, job.every, job.until, job.patience, job.arm) for job in jobs}
+    assert len({job.file for job in jobs}) == len(same)
+    files = [widths.file_of(arm, seed, Path("x")) for arm, seed in widths.work(3)]
+    assert len(files) == len(set(files))
+
+
+def test_being_told_of_a_change_leaves_the_noise_of_five_reports():
+    """Equally fast devices: what a reports' mean misses by, the rate does 1 / .8 times as much, for 5 % of it stays."""
+    off = [rate_learners.World(1.0, 0.1, "sudden", seed=seed).told(50, 0) for seed in range(400)]
+    one = rate_learners.World(1.0, 0.1, "sudden", seed=0)
+    assert one.told(50, one.changing[0]) >= 0
+    own = [w.told(50, w.changing[0]) for w in (rate_learners.World(1.0, 0.1, "sudden", seed=seed) for seed in range(400))]
+    assert np.sqrt(np.mean(np.square(own))) == pytest.approx(0.1 / 5**0.5 / 0.8, rel=0.15)
+    assert np.mean(off) < np.mean(own)
