@@ -104,10 +104,13 @@ def sizes(layout: Layout, submodel: Submodel, rows: int, codec: Codec = Codec())
 
 @lru_cache(maxsize=1024)
 def fitting(layout: Layout, room: Rate, precision: Literal["float32", "int8"]) -> Rate:
-    """The largest rate whose model, kept at this precision, takes no more memory than the one at rate `room` as float32."""
+    """The largest rate whose parameters, kept at this precision, take no more memory than those at rate `room` as float32.
+
+    What a step needs beside them (the touched rows as float32, and their change) is not counted, at either precision.
+    """
     if precision == "float32":
         return room
-    memory, most = layout.bytes(layout.widths(room), layout.items), max(axis.size for axis in layout.axes.values())
+    memory, most = layout.bytes(layout.widths(room), layout.items), max(layout.full.values())
     for units in range(most, 0, -1):
         rate = max(units / most, layout.smallest_rate)
         kept = Submodel({axis: np.arange(width) for axis, width in layout.widths(rate).items()})

@@ -72,7 +72,7 @@ class Settings(BaseModel):
     mix: dict[str, int] = Field({}, description="named devices and their proportions")
     workload: Literal["own", "equal"] = Field("own", description="charge each client its own work, or all the average")
     memory_limited: float = Field(0.0, ge=0, le=1, description="share of devices whose memory cannot hold the full model")
-    memory_rate: float = Field(0.5, gt=0, lt=1, description="the largest rate whose float32 model these can hold")
+    memory_rate: float = Field(0.5, gt=0, lt=1, description="the largest rate whose float32 parameters these can hold")
     memory_who: Literal["slowest", "random"] = Field("slowest", description="which devices these are")
     noise: float = Field(0.0, ge=0, le=2, description="standard deviation of the log of an order's duration")
     availability: float = Field(1.0, gt=0, le=1, description="share of the time that a client can be reached")

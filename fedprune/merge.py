@@ -85,9 +85,9 @@ class Merge:
             reported, so that who lacks it votes for the old value (FedMP's R2SP); "common" merges only what everybody trained
             who reported (and who touched its row), the rest keeps its old value (Hermes).
         weights: w_k: "equal"; "examples" (FedAvg's n_k); "period": merges from one report of the client to its next, those
-            included for which it is not chosen, so that who reports every s-th round counts s-fold; "coverage": 1 / (the share
-            of the tensor that k trains), so that each entry is expected to count alike however seldom a client trains it
-            (Horvitz & Thompson 1952).
+            included for which it is not chosen, so that who reports every s-th round counts s-fold (a second report in one
+            merge counts 1, though it spans none); "coverage": 1 / (the share of the tensor that k trains), so that each entry
+            is expected to count alike however seldom a client trains it (Horvitz & Thompson 1952).
         discount: a report's update counts (1 + staleness)^-discount, and the mean is not made up for it (FedAsync, FedBuff).
         mixing: what a stale report brings is not its update but the model it ends with, which pulls the present one back
             towards the version it began with (FedAsync); on the entries that it trained.

@@ -39,9 +39,9 @@ def scorer(
 
     def score(users: IntArray) -> Tensor:
         held = [full] * len(users) if submodels is None else [submodels[u] for u in users]
-        short = [False] * len(users) if rounded is None else rounded[users].tolist()
+        as_int8 = [False] * len(users) if rounded is None else rounded[users].tolist()
         result = torch.empty(len(users), next(model[n].shape[0] for n in layout.named("touched")))
-        for places, submodel, cut in _alike(layout, model, held, short):
+        for places, submodel, cut in _alike(layout, model, held, as_int8):
             result[places] = cut_scorer(recommender, cut, submodel, private)(users[places])
         return result
 
@@ -110,11 +110,11 @@ def _alike(
 ) -> Iterator[tuple[list[int], Submodel, Tensors]]:
     """Places that hold the same, what that is, and that much of a model."""
     groups: dict[tuple[bytes, bool], list[int]] = {}
-    for place, (submodel, short) in enumerate(zip(held, rounded, strict=True)):
-        groups.setdefault((submodel.held_key, short), []).append(place)
-    for (_, short), places in groups.items():
+    for place, (submodel, as_int8) in enumerate(zip(held, rounded, strict=True)):
+        groups.setdefault((submodel.held_key, as_int8), []).append(place)
+    for (_, as_int8), places in groups.items():
         cut = extract(model, layout, held[places[0]])
-        yield places, held[places[0]], nearest(layout, cut).tensors if short else cut
+        yield places, held[places[0]], nearest(layout, cut).tensors if as_int8 else cut
 
 
 def own_submodels(client_of_user: IntArray, submodels: Sequence[Submodel]) -> list[Submodel]:

@@ -225,7 +225,7 @@ def check_memory(strategy: Strategy, state: ServerState, devices: DeviceTable) -
                 "model smaller; take one that cuts units off, as heterofl and adaptcl do, or set memory_limited to 0"
             )
     taught = strategy.objective.distillation
-    if taught is not None and taught.teacher == "local":
+    if taught is not None and taught.teacher == "local" and fits < 1:
         raise ConfigError(
             f'strategy {strategy.name} has the whole model teach on the device (teacher "local"), and memory_rate {rate:g} '
             f'leaves no room for it; set distillation.teacher to "sent" or "past", or memory_limited to 0'

@@ -32,7 +32,9 @@ class Spending(Protocol):
         """What to remember of a round. Under "seconds", `[population, parts]`, is what plans are made by."""
         ...
 
-    def plan(self, budget: Rate, period: float, seconds: FloatArray | None, objective: Objective, codec: Codec) -> Plan:
+    def plan(
+        self, budget: Rate, period: float, seconds: FloatArray | None, objective: Objective, codec: Codec, tight: bool = False
+    ) -> Plan:
         """What to ask for.
 
         Args:
@@ -40,6 +42,7 @@ class Spending(Protocol):
             period: rounds from one report of this client to its next, as far as that is known beforehand; at least 1.
             seconds: `[parts]` (`exchange.PARTS`) of the client's last reports, had they travelled as float32; None or NaN:
                 there are none.
+            tight: the device's memory cannot hold the model as float32.
         """
         ...
 
@@ -52,7 +55,9 @@ class Width:
         """Nothing."""
         return memory
 
-    def plan(self, budget: Rate, period: float, seconds: FloatArray | None, objective: Objective, codec: Codec) -> Plan:
+    def plan(
+        self, budget: Rate, period: float, seconds: FloatArray | None, objective: Objective, codec: Codec, tight: bool = False
+    ) -> Plan:
         """The budget is the rate."""
         return _plan(budget, objective, codec)
 
@@ -71,7 +76,7 @@ class Mix:
         lr_private: of the private rows of who reports every round; None: the experiment's.
         stride: private rows that are trained every p-th round go p^stride times as far.
         precision: of what travels; None: the strategy's codec's; "auto": int8 where a device spends at least `worth` of a
-            report on moving bytes, and where that is not known yet.
+            report on moving bytes, where that is not known yet, and where memory is tight.
         sampled: share of the touched rows that go up, drawn by size and weighted by 1/chance; None: the codec's; "auto": half
             of them where the upload alone takes most of a report.
         worth: see `precision`.
@@ -109,7 +114,9 @@ class Mix:
         ):
             raise ConfigError(f'sampled "{self.sampled}"; it is a share in (0, 1] or auto')
 
-    def plan(self, budget: Rate, period: float, seconds: FloatArray | None, objective: Objective, codec: Codec) -> Plan:
+    def plan(
+        self, budget: Rate, period: float, seconds: FloatArray | None, objective: Objective, codec: Codec, tight: bool = False
+    ) -> Plan:
         """See the class."""
         known: dict[str, float] = {}
         if seconds is not None and not np.isnan(seconds).any():
@@ -123,7 +130,7 @@ class Mix:
             lr_private=(self.lr_private or objective.lr_private) * _level(period) ** self.stride,
             distillation=objective.distillation if budget >= self.taught else None,
         )
-        return _plan(budget**self.width, told, self.travelling(known, codec))
+        return _plan(budget**self.width, told, self.travelling(known, codec, tight))
 
     def learn(self, memory: Memory, reports: Sequence[Report], population: int) -> Memory:
         """What each client's last reports would have taken as float32, all rows of them; smoothed."""
@@ -138,11 +145,11 @@ class Mix:
             seconds[client] = before + SMOOTHING * (own - before)
         return {"seconds": seconds}
 
-    def travelling(self, seconds: dict[str, float], codec: Codec) -> Codec:
+    def travelling(self, seconds: dict[str, float], codec: Codec, tight: bool = False) -> Codec:
         """The wire, by what a device's full report spends its time on."""
         total = sum(seconds.values())
         moving = self.worth * total <= seconds["download"] + seconds["upload"] if seconds else True
-        short = self.precision == "int8" or (self.precision == "auto" and moving)
+        short = self.precision == "int8" or (self.precision == "auto" and (moving or tight))
         precision = codec.precision if self.precision is None else "int8" if short else "float32"
         uphill = bool(seconds) and seconds["upload"] > 0.5 * total and codec.rows == "touched"
         sampled = (

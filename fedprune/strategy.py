@@ -59,7 +59,7 @@ class Strategy:
         state = self.begun(state)
         _, plans = self.planned(state, clients, roster)
         submodels = [self.carve(state, client, plan.rate) for client, plan in zip(clients.tolist(), plans, strict=True)]
-        return submodels, limited(roster, clients) & np.array([plan.codec.precision == "int8" for plan in plans], bool)
+        return submodels, tight(roster, clients) & np.array([plan.codec.precision == "int8" for plan in plans], bool)
 
     def planned(self, state: ServerState, clients: IntArray, roster: Roster) -> tuple[FloatArray, list[Plan]]:
         """These clients' budgets, and what they are spent on; nobody gets more of the model than fits into its memory, where
@@ -70,12 +70,10 @@ class Strategy:
         if forecast is not None and forecast.target is not None:
             own = (forecast.seconds[clients] * self.offer(state).at(budgets)).sum(1)
             periods = np.nan_to_num(np.maximum(own / forecast.target, 1.0), nan=1.0)
-        short = limited(roster, clients)
-        plans = [  # where memory is short, what travels is small whatever a device's seconds are spent on
-            self.spending.plan(budget, period, None if seconds is None or tight else seconds[client], self.told, self.codec)
-            for client, budget, period, tight in zip(
-                clients.tolist(), budgets.tolist(), periods.tolist(), short.tolist(), strict=True
-            )
+        each = zip(clients.tolist(), budgets.tolist(), periods.tolist(), tight(roster, clients).tolist(), strict=True)
+        plans = [
+            self.spending.plan(budget, period, None if seconds is None else seconds[client], self.told, self.codec, short)
+            for client, budget, period, short in each
         ]
         if roster.capacity is not None:
             rooms = np.maximum(roster.capacity[clients], state.layout.smallest_rate).tolist()
@@ -302,8 +300,8 @@ def copies(cached: Memory, orders: Sequence[Order], lost: Sequence[Lost], popula
     return {"version": version}
 
 
-def limited(roster: Roster, clients: IntArray) -> BoolArray:
-    """Whose memory cannot hold the full model."""
+def tight(roster: Roster, clients: IntArray) -> BoolArray:
+    """Whose memory cannot hold the full model as float32."""
     return np.zeros(len(clients), bool) if roster.capacity is None else roster.capacity[clients] < 1
 
 

@@ -9,21 +9,24 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
 
+from fedprune.codec import Codec
 from fedprune.config import read
 from fedprune.devices import CLASSES
 from fedprune.gather import Gather
 from fedprune.merge import Adam
 from fedprune.rates import ByCapability, Learned
 from fedprune.record import line
-from fedprune.simulation import prepare, read_data
+from fedprune.simulation import prepare, read_data, warm_start_event
 from fedprune.spending import Mix
 from fedprune.strategy import Strategy, one_round
+from fedprune.submodel import Submodel
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "budget.toml"
@@ -158,22 +161,56 @@ def final(result: dict[str, Any]) -> dict[str, Any]:
     return max(result["curve"], key=lambda point: point["validation"])
 
 
-def stretch(result: dict[str, Any], full: dict[str, Any], device_class: str) -> float:
-    """How much longer an order of this run takes on devices of another class than on balanced ones.
+SHARED = ("data", "min_interactions", "silos", "warm_start", "recommender", "latent", "hidden")
+"""Settings that what a full report and a warm start cost follow from, whatever the strategy."""
 
-    With equal work and linear devices every order's seconds are slowness times the same sum over download, training and
-    upload, so a run on another class is the same run on a slower or faster clock. Shares are of `full`'s report.
+
+@cache
+def full_report(changes: tuple[str, ...]) -> dict[str, float]:
+    """What an average client's report of the whole model moves and computes, as FedAvg is usually configured."""
+    settings = read(CONFIG, [*changes, "strategy=fedavg"]).only("fedavg")
+    simulation = prepare(settings, read_data(settings))
+    whole = Submodel.full(simulation.recommender.layout)
+    load = simulation.fleet.asked_of(None, whole, simulation.strategy.objective, Codec(rows=settings.rows))
+    return {"bytes_down": load.down, "bytes_up": load.up, "flops": load.training}
+
+
+@cache
+def warm_start(changes: tuple[str, ...]) -> dict[str, float]:
+    """What the warm start moves and computes per client, and its seconds on balanced devices at sigma 10."""
+    settings = read(CONFIG, [*changes, "sigma=10"])
+    simulation = prepare(settings.only(settings.strategy), read_data(settings))
+    event = warm_start_event(simulation)
+    return {"seconds": event["ended"]} | {
+        name: event[name] / simulation.clients for name in ("bytes_down", "bytes_up", "flops")
+    }
+
+
+def clocked(job: Job, result: dict[str, Any], device_class: str, scale: float = 1.0) -> dict[str, Any]:
+    """The same run on another class of devices, all times `scale` times as long.
+
+    With equal work and linear devices every order takes its device's slowness times the same sum over download, training and
+    upload, so all orders are longer by one factor, and the warm start by another.
     """
+    named = {change: change.partition("=")[0].split(".") for change in job.changes}
+    common = tuple(change for change, words in named.items() if len(words) == 1 and words[0] in SHARED)
+    own = tuple(change for change, words in named.items() if words[-1] in (*SHARED, "strategy"))
+    (sigma,) = [float(change.partition("=")[2]) for change, words in named.items() if words == ["sigma"]]
+    full, warm = full_report(common), warm_start(own)
+    begins = warm["seconds"] * sigma / 10
+    early, late = begins * stretch(warm, full, device_class), stretch(result, full, device_class)
+    times = [scale * (early + (point["seconds"] - begins) * late) for point in result["curve"]]
+    return result | {"curve": [point | {"seconds": time} for point, time in zip(result["curve"], times, strict=True)]}
 
-    def report(name: str) -> float:
-        down, training, up = CLASSES[name]
-        return (
-            down * result["bytes_down"] / full["bytes_down"]
-            + training * result["flops"] / full["flops"]
-            + up * result["bytes_up"] / full["bytes_up"]
-        )
 
-    return report(device_class) / report("balanced")
+def stretch(moved: dict[str, Any], full: dict[str, float], device_class: str) -> float:
+    """How much longer something takes on devices of another class than on balanced ones, by its bytes and FLOPs."""
+
+    def seconds(name: str) -> float:
+        parts = zip(CLASSES[name], ("bytes_down", "flops", "bytes_up"), strict=True)
+        return sum(share * moved[part] / full[part] for share, part in parts)
+
+    return seconds(device_class) / seconds("balanced")
 
 
 def mean(values: Sequence[float | None], form: str = ",.0f") -> str:

@@ -14,12 +14,22 @@ import rate_learners
 import spending
 import widths
 
+from fedprune.errors import DataError
+
 
 def result(*curve: tuple[float, float], up: float = 100.0, flops: float = 100.0, **more: float) -> dict[str, Any]:
     """A run whose (seconds, validation) are these."""
     figures = dict.fromkeys(curves.FIGURES, 0.4)
     points = [{"seconds": s, "joules": 2 * s, "validation": v, "reports": 1} | figures for s, v in curve]
-    return {"curve": points, "bytes_up": up, "bytes_down": up, "flops": flops, "ceiling": 2.5, "rounds": 9} | more
+    return {
+        "curve": points,
+        "bytes_up": up,
+        "bytes_down": up,
+        "flops": flops,
+        "ceiling": 2.5,
+        "rounds": 9,
+        "reports": 90,
+    } | more
 
 
 SLOW, FAST, LOW = result((10, 0.2), (110, 0.4)), result((5, 0.3), (15, 0.4), up=25, flops=50), result((5, 0.1), (9, 0.3))
@@ -39,6 +49,36 @@ def test_another_class_of_devices_is_another_clock():
     assert curves.stretch(FAST, SLOW, "balanced") == pytest.approx(1.0)
 
 
+WARM = {"seconds": 20.0, "bytes_down": 50.0, "bytes_up": 50.0, "flops": 0.0}
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(curves, "full_report", lambda changes: {key: SLOW[key] for key in ("bytes_down", "bytes_up", "flops")})
+    monkeypatch.setattr(curves, "warm_start", lambda changes: WARM)
+
+
+def test_the_warm_start_has_a_clock_of_its_own(shared: None):
+    """It moves bytes alone, so that (.5 * .8) / (.5 * .5) = 1.6 of its seconds pass on a slow uplink, where orders take .8."""
+    job = curves.Job("fedprune", ("strategy=fedprune", "sigma=5", "silos=10", "fedprune.share=0.6"), 0)
+    points = curves.clocked(job, FAST, "slow_uplink", 2.0)["curve"]
+    assert [point["seconds"] for point in points] == pytest.approx([2 * (16 + (5 - 10) * 0.8), 2 * (16 + (15 - 10) * 0.8)])
+    assert curves.clocked(job, FAST, "balanced")["curve"] == [pytest.approx(point) for point in FAST["curve"]]
+
+
+@pytest.mark.real_data
+def test_a_full_report_is_what_fedavg_sends():
+    """And its time on the reference device is the setting's."""
+    try:
+        full, warm = curves.full_report(()), curves.warm_start(("strategy=fedavg",))
+    except DataError as error:
+        pytest.skip(str(error))
+    assert full["bytes_up"] == full["bytes_down"] == pytest.approx(103356, rel=0.01)
+    assert curves.stretch(warm, full, "slow_uplink") > 1 > curves.stretch(warm, full, "compute_bound")
+    wide = curves.warm_start(("strategy=fedavg_tuned", "fedavg_tuned.latent=64"))
+    assert wide["seconds"] == pytest.approx(2 * warm["seconds"], rel=0.01), "the same devices have twice as much to move"
+
+
 def test_ratios_are_of_the_same_seed():
     runs = {"fedavg": {0: SLOW, 1: SLOW}, "fedavg_tuned": {0: FAST, 1: LOW}, "skip": {0: FAST, 1: FAST}, "fedprune": {1: FAST}}
     rows = {row["strategy"]: row for row in spending.compared(runs, {"fleet": "x", "sigma": 1, "class": "balanced"})}
@@ -47,10 +87,10 @@ def test_ratios_are_of_the_same_seed():
     assert rows["fedprune"]["fedavg_95%"] == pytest.approx([100 / 13])
     assert rows["fedprune"]["fedavg_tuned_95%"] == [None], "its rival never got there with that seed"
     text = spending.main_table(list(rows.values()))
-    assert "| fedprune (1 seeds) | 13 |" in text and "7.7 /" in text
+    assert "| fedprune (1 seed) | 13 | 15 | 0.1 |" in text and "7.7 /" in text
 
 
-def test_the_grid_scales_who_waits_to_smaller_differences(tmp_path: Path):
+def test_the_grid_scales_who_waits_to_smaller_differences(shared: None, tmp_path: Path):
     arms = {"fedavg": SLOW, "fedavg_tuned": FAST, "narrower for good, learned": LOW}
     found = {curves.Job(arm, (*spending.GRID[arm][0], "sigma=10"), 0, spending.GRID[arm][1]): r for arm, r in arms.items()}
     rows = {(row["sigma"], row["arm"]): row for row in spending.grid_rows(found)}

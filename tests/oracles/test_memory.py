@@ -137,9 +137,9 @@ def test_without_limits_they_run(tmp_path: Path, strategy: str):
 @pytest.mark.parametrize(("latent", "room", "units"), [(32, 0.25, 32), (32, 0.125, 16), (8, 0.375, 8), (8, 0.125, 4)])
 def test_more_units_fit_as_int8(latent: int, room: float, units: int):
     """An item takes 4 bytes a unit and 4 for its bias; as int8 1 a unit, 2 for the row's scale and 2 for its bias."""
-    layout = mf(users=5, items=7, latent=latent).layout
+    layout = mf(users=500, items=700, latent=latent).layout
     assert fitting(layout, room, "float32") == room
-    assert layout.widths(fitting(layout, room, "int8"))["latent"] == units
+    assert fitting(layout, room, "int8") == units / latent and layout.widths(units / latent)["latent"] == units
     assert 4 * (room * latent + 1) >= units + 4 and (units == latent or 4 * (room * latent + 1) < units + 5)
 
 
@@ -182,6 +182,16 @@ def test_a_window_fits_where_int8_does(tmp_path: Path):
     with pytest.raises(ConfigError, match="leaves room for 3 as float32"):
         check_memory(here.strategy, here.state, devices)
     check_memory(replace(here.strategy, codec=replace(here.strategy.codec, precision="int8")), here.state, devices)
+
+
+def test_a_teacher_fits_where_the_whole_model_does(tmp_path: Path):
+    """It is what has travelled, once more to score with."""
+    here = simulated(chosen(tmp_path, "skip", "memory_limited=0", "distillation.teacher=local", "distillation.weight=0.5"))
+    devices = limited(here.fleet.devices, 0.4, 0.375)
+    with pytest.raises(ConfigError, match="the whole model teach on the device"):
+        check_memory(here.strategy, here.state, devices)
+    spending = replace(here.strategy.spending, precision="int8")
+    check_memory(replace(here.strategy, spending=spending), here.state, devices)
 
 
 def test_auto_is_int8_where_memory_is_short(tmp_path: Path):

@@ -133,6 +133,16 @@ def test_half_the_rows_go_up_where_the_upload_takes_most():
         plan(Mix(sampled=0.25))
 
 
+def test_where_memory_is_tight_auto_is_int8_and_all_else_as_it_is():
+    auto, computing = Mix(precision="auto", sampled="auto"), parts(training=9.0, upload=0.1)
+    for seconds, sampled in ((computing, 1.0), (parts(training=1.0, upload=9.0), 0.5), (None, 1.0)):
+        got = auto.plan(1.0, 1.0, seconds, OBJECTIVE, replace(CODEC, rows="touched"), tight=True).codec
+        assert (got.precision, got.sampled) == ("int8", sampled)
+    assert plan(auto, seconds=computing).codec.precision == "float32"
+    for fixed in (Mix(precision="float32"), Mix(), Width()):
+        assert fixed.plan(1.0, 1.0, None, OBJECTIVE, CODEC, tight=True).codec.precision == "float32"
+
+
 def test_the_rest_of_the_wire_is_the_strategys():
     assert plan(Mix(precision="int8"), refresh=5, rows="touched").codec == Codec("touched", "int8", refresh=5)
     own = {"rows": "touched", "precision": "int8", "sampled": 0.5}
