@@ -183,7 +183,15 @@ GRID: dict[str, tuple[tuple[str, ...], str]] = {
     "half in width, half in time": (("strategy=skip",), "half and half"),
     "skip": (("strategy=skip",), ""),
     "fedbuff, 350 reports": (
-        ("strategy=fedbuff", "fedbuff.buffer=350", "fedbuff.refill=16", "negatives=3", "lr_private=0.08", "server_lr=0.0075"),
+        (
+            "strategy=fedbuff",
+            "fedbuff.buffer=350",
+            "fedbuff.refill=16",
+            "fedbuff.negatives=3",
+            "fedbuff.lr_private=0.08",
+            "fedbuff.server_lr=0.0075",
+            "fedbuff.decay_private=0.01",
+        ),
         "",
     ),
     "fedprune": (OURS, ""),
