@@ -65,11 +65,7 @@ class Strategy:
         """These clients' budgets, and what they are spent on; nobody gets more of the model than fits into its memory, where
         it stays as it has travelled."""
         budgets = self.rates.propose(state.rates, clients, roster, self.offer(state))
-        forecast = self.rates.forecast(state.rates, roster.population)
-        periods, seconds = np.ones(len(clients)), state.spending.get("seconds")
-        if forecast is not None and forecast.target is not None:
-            own = (forecast.seconds[clients] * self.offer(state).at(budgets)).sum(1)
-            periods = np.nan_to_num(np.maximum(own / forecast.target, 1.0), nan=1.0)
+        periods, seconds = self._periods(state, clients, roster, budgets), state.spending.get("seconds")
         each = zip(clients.tolist(), budgets.tolist(), periods.tolist(), tight(roster, clients).tolist(), strict=True)
         plans = [
             self.spending.plan(budget, period, None if seconds is None else seconds[client], self.told, self.codec, short)
@@ -81,6 +77,14 @@ class Strategy:
             plans = [p if p.rate <= most else replace(p, rate=most) for p, most in zip(plans, fits, strict=True)]
             budgets = np.minimum(budgets, fits)  # what the learner will hear the time of
         return budgets, plans
+
+    def _periods(self, state: ServerState, clients: IntArray, roster: Roster, budgets: FloatArray) -> FloatArray:
+        """How many rounds each will take for a report, as far as the rate learner knows; at least 1."""
+        forecast = self.rates.forecast(state.rates, roster.population)
+        if forecast is None or forecast.target is None:
+            return np.ones(len(clients))
+        own = (forecast.seconds[clients] * self.offer(state).at(budgets)).sum(1)
+        return np.nan_to_num(np.maximum(own / forecast.target, 1.0), nan=1.0)
 
     def offer(self, state: ServerState) -> Offer:
         """What there is to choose from, and what it costs; units alone, since masks of entries save no time."""
