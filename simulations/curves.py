@@ -84,6 +84,7 @@ VARIANTS: dict[str, Callable[[Strategy], Strategy]] = {
     "half and half": lambda s: replace(
         s, rates=ByCapability(), spending=replace(CHEAP, width=0.5), gather=Gather(pace=3.0, late="keep", refill=16)
     ),
+    "sampled auto": lambda s: replace(s, spending=replace(s.spending, sampled="auto")) if isinstance(s.spending, Mix) else s,
     "sampled": lambda s: replace(s, spending=replace(s.spending, sampled=0.5)) if isinstance(s.spending, Mix) else s,
     "unweighted": lambda s: replace(s, merge=replace(s.merge, weights="equal")),
     "no refill": lambda s: replace(s, gather=replace(s.gather, refill=0)),

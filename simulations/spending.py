@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import drawings
+import spending_grid
 from curves import Job, clocked, final, gathered, mean, reached
 
 from fedprune.devices import CLASSES
@@ -158,128 +159,6 @@ def draw(rows: Sequence[dict[str, Any]], found: dict[Job, dict[str, Any]], path:
     drawings.over_time(panels, path, (0.30, 0.49))
 
 
-# ---- each spending, and mixes ----------------------------------------------------------------------------------------
-
-TUNED, OURS = "strategy=fedavg_tuned", ("strategy=fedprune", "fedprune.precision=int8")
-GRID: dict[str, tuple[tuple[str, ...], str]] = {
-    "fedavg": (("strategy=fedavg",), ""),
-    "tuned rates": ((TUNED, "fedavg_tuned.negatives=8", "fedavg_tuned.precision=float32"), ""),
-    "tuned rates, 3 negatives": ((TUNED, "fedavg_tuned.precision=float32"), ""),
-    "fedavg_tuned": ((TUNED,), ""),
-    "fedavg_tuned, half of the rows sampled": ((TUNED,), "sampled"),
-    "fedavg_tuned, downloads cached for 4": ((TUNED, "fedavg_tuned.refresh=4"), ""),
-    "fedavg_tuned, server width 16": ((TUNED, "fedavg_tuned.latent=16"), ""),
-    "fedavg_tuned, server width 64": ((TUNED, "fedavg_tuned.latent=64"), ""),
-    "narrower for good, known speeds": (("strategy=heterofl", "heterofl.powers=false"), "cheap width"),
-    "narrower for good, learned": (("strategy=heterofl",), "learned width"),
-    "narrower, damped": (("strategy=heterofl", "heterofl.powers=false", "heterofl.damp=2"), "cheap width"),
-    "narrower, the wide half taught": (
-        ("strategy=heterofl", "distillation.teacher=local", "distillation.weight=0.5"),
-        "cheap width, taught",
-    ),
-    "rotating window": (("strategy=window",), "cheap width"),
-    "rotating window, cached rest": (("strategy=window", "window.refresh=4"), "cheap width"),
-    "fewer negatives, learned": ((TUNED,), "learned examples"),
-    "half in width, half in time": (("strategy=skip",), "half and half"),
-    "skip": (("strategy=skip",), ""),
-    "fedbuff, 350 reports": (
-        (
-            "strategy=fedbuff",
-            "fedbuff.buffer=350",
-            "fedbuff.refill=16",
-            "fedbuff.negatives=3",
-            "fedbuff.lr_private=0.08",
-            "fedbuff.server_lr=0.0075",
-            "fedbuff.decay_private=0.01",
-        ),
-        "",
-    ),
-    "fedprune": (OURS, ""),
-    "fedprune, equal weights": (OURS, "unweighted"),
-    "fedprune, asked at merges only": (OURS, "no refill"),
-    "fedprune, half of the rows sampled": (OURS, "sampled"),
-    "fedprune, downloads cached for 4": ((*OURS, "fedprune.refresh=4"), ""),
-}
-WIDE = ("recommender=neumf", "latent=64", "hidden=[256,128]")
-WIDE_ARMS = ("fedavg_tuned", "narrower for good, learned", "half in width, half in time", "fedprune")
-SOME = (
-    "skip",
-    "fedprune",
-    "narrower for good, learned",
-    "rotating window",
-    "half in width, half in time",
-    "fewer negatives, learned",
-)
-GRID_NOTE = """
-Seconds (and kJ, on balanced devices) to 95 % of the peak of `fedavg`'s validation NDCG@10 (1+99; of `fedavg_tuned`'s for
-NeuMF). How runs on other classes follow from those on balanced devices, and all else: `spending.md`; where clients' orders
-differ (windows, fewer negatives) that is an approximation. {seeds} seed(s); below .005 nothing is a finding. Rates as in
-`spending.md`; narrower models and windows have one each. Where no sigma 2 or 5 is given, it was not run.
-"""
-
-
-def grid_jobs(seeds: int) -> list[Job]:
-    """Who waits for all is run at sigma 10 alone. The four strategies of the main table are its own runs."""
-    jobs = []
-    for seed in range(seeds):
-        for sigma in (10, 2, 5):
-            for arm, (changes, variant) in GRID.items():
-                if sigma == 10 or arm in SOME:
-                    until = {"fedavg": 2400.0}.get(arm, 1300.0)
-                    patience = 25 if arm in NAMES else 12
-                    jobs.append(Job(arm, (*changes, f"sigma={sigma}"), seed, variant, until=until, patience=patience))
-        for arm in WIDE_ARMS:
-            changes, variant = GRID[arm]
-            jobs.append(Job(f"wide {arm}", (*changes, "sigma=10", *WIDE), seed, variant, every=10.0, patience=8))
-    return jobs
-
-
-def grid_rows(found: dict[Job, dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = []
-    for wide, reference in (("", "fedavg"), ("wide ", "fedavg_tuned")):
-        rivals = {job.seed: result for job, result in found.items() if job.arm == wide + reference}
-        for sigma in (2, 5, 10) if not wide else (10,):
-            for arm in GRID:
-                own = {j: r for j, r in found.items() if j.arm == wide + arm and f"sigma={sigma}" in j.changes}
-                scale = 1.0
-                waits = GRID[arm][0][0] in ("strategy=fedavg", TUNED) and GRID[arm][1] != "learned examples"
-                if not own and waits:  # the same run on another clock
-                    own, scale = {j: r for j, r in found.items() if j.arm == wide + arm}, sigma / 10
-                own = {job: result for job, result in own.items() if job.seed in rivals}
-                if not own:
-                    continue
-                row: dict[str, Any] = {"model": "NeuMF" if wide else "MF", "sigma": sigma, "arm": arm}
-                targets = {job: 0.95 * final(rivals[job.seed])["validation"] for job in own}
-                for device_class in CLASSES:
-                    row[device_class] = [
-                        reached(clocked(job, result, device_class, scale), targets[job]) for job, result in own.items()
-                    ]
-                for key in ("ndcg10_expected", "ndcg10_expected_slow"):
-                    row[key] = [final(result)[key] for result in own.values()]
-                # Who waits shorter for the slowest burns less: joules are of a run's own sigma alone.
-                joules = [reached(result, targets[job], "joules") for job, result in own.items()]
-                row["joules"] = joules if scale == 1.0 else []
-                rows.append(row)
-    return rows
-
-
-def grid_table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = []
-    for model, sigma in dict.fromkeys((row["model"], row["sigma"]) for row in rows):
-        lines += [
-            f"\n**{model}, sigma {sigma}**\n",
-            "| what | compute-bound, s | balanced, s | slow uplink, s | kJ | NDCG@10 1+99 | slow users' |",
-            "|---|---:|---:|---:|---:|---:|---:|",
-        ]
-        for row in rows:
-            if (row["model"], row["sigma"]) == (model, sigma):
-                cells = [row["arm"], *(mean(row[c]) for c in ("compute_bound", "balanced", "slow_uplink"))]
-                cells += [mean([j and j / 1e3 for j in row["joules"]]) if row["joules"] else ""]
-                cells += [mean(row[key], ".4f") for key in ("ndcg10_expected", "ndcg10_expected_slow")]
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines).strip() + "\n"
-
-
 # ---- Ta-Feng ---------------------------------------------------------------------------------------------------------
 
 TAFENG = ("data=ta-feng", "min_interactions=5", "sigma=10", "cohort=1500")
@@ -359,9 +238,9 @@ def main() -> None:
             found = gathered(jobs, arguments.jobs)
             rows, table = main_rows(found, fleets, sigmas), main_table
         case "grid":
-            jobs = grid_jobs(seeds)
+            jobs = spending_grid.jobs(seeds)
             found = gathered([j for j in jobs if j.file.exists()] if arguments.finished else jobs, arguments.jobs)
-            rows, table = grid_rows(found), grid_table
+            rows, table = spending_grid.rows(found), spending_grid.table
         case _:
             jobs = tafeng_jobs(seeds)
             found = gathered(finished(jobs) if arguments.finished else jobs, arguments.jobs)
@@ -373,7 +252,7 @@ def main() -> None:
         print(table(rows))
         return
     name = {"main": "spending", "grid": "spending_grid", "tafeng": "spending_tafeng"}[arguments.what]
-    note = {"main": NOTE, "grid": GRID_NOTE, "tafeng": TAFENG_NOTE}[arguments.what]
+    note = {"main": NOTE, "grid": spending_grid.NOTE, "tafeng": TAFENG_NOTE}[arguments.what]
     (HERE / "tables").mkdir(exist_ok=True)
     (HERE / "tables" / f"{name}.md").write_text(table(rows) + note.format(seeds=seeds))
     picture = HERE / "figures" / f"{name}.png"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import rate_learners
 import spending
+import spending_grid
 import widths
 
 from fedprune.errors import DataError
@@ -92,12 +93,14 @@ def test_ratios_are_of_the_same_seed():
 
 def test_the_grid_scales_who_waits_to_smaller_differences(shared: None, tmp_path: Path):
     arms = {"fedavg": SLOW, "fedavg_tuned": FAST, "narrower for good, learned": LOW}
-    found = {curves.Job(arm, (*spending.GRID[arm][0], "sigma=10"), 0, spending.GRID[arm][1]): r for arm, r in arms.items()}
-    rows = {(row["sigma"], row["arm"]): row for row in spending.grid_rows(found)}
+    found = {
+        curves.Job(arm, (*spending_grid.ARMS[arm][0], "sigma=10"), 0, spending_grid.ARMS[arm][1]): r for arm, r in arms.items()
+    }
+    rows = {(row["sigma"], row["arm"]): row for row in spending_grid.rows(found)}
     assert rows[10, "fedavg"]["balanced"] == pytest.approx([100.0]) and rows[2, "fedavg"]["balanced"] == pytest.approx([20.0])
     assert rows[2, "fedavg"]["joules"] == [] and rows[10, "fedavg"]["joules"] == pytest.approx([200.0])
     assert (2, "narrower for good, learned") not in rows and rows[10, "narrower for good, learned"]["balanced"] == [None]
-    assert "| narrower for good, learned | never | never | never | never | 0.4000 |" in spending.grid_table(list(rows.values()))
+    assert "| narrower for good, learned | never | never | never | never | 0.4000 |" in spending_grid.table(list(rows.values()))
     drawings.grid(list(rows.values()), tmp_path / "grid.png")
     drawings.over_time({"x": {"a": [SLOW, FAST], "b": [LOW]}}, tmp_path / "time.png", (0.0, 0.5))
     own = {"own": {"all": 0.4, "0.25": 0.3, "1": 0.5}}
@@ -108,7 +111,7 @@ def test_the_grid_scales_who_waits_to_smaller_differences(shared: None, tmp_path
 def test_every_job_is_a_run_of_its_own():
     jobs = [
         *spending.main_jobs(5, ("users", "silos"), (2, 10)),
-        *spending.grid_jobs(1),
+        *spending_grid.jobs(1),
         *spending.tafeng_jobs(3),
         *memory.jobs(3),
     ]
