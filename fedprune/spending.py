@@ -39,7 +39,7 @@ class Spending(Protocol):
 
         Args:
             budget: in (0, 1], what the rate learner proposed.
-            period: rounds from one report of this client to its next, as far as that is known beforehand; at least 1.
+            period: how much seldomer than the fastest this client reports, as far as that is known beforehand; at least 1.
             seconds: `[parts]` (`exchange.PARTS`) of the client's last reports, had they travelled as float32; None or NaN:
                 there are none.
             tight: the device's memory cannot hold the model as float32.
@@ -74,7 +74,7 @@ class Mix:
         negatives: per positive, in a report at budget 1; None: the experiment's.
         weigh: fewer negatives weigh more, so that their sum is expected to be that of the experiment's.
         lr_private: of the private rows of who reports every round; None: the experiment's.
-        stride: private rows that are trained every p-th round go p^stride times as far.
+        stride: private rows that are trained p times as seldom as the fastest clients' go p^stride times as far.
         precision: of what travels; None: the strategy's codec's; "auto": int8 where a device spends at least `worth` of a
             report on moving bytes, where that is not known yet, and where memory is tight.
         sampled: share of the touched rows that go up, drawn by size and weighted by 1/chance; None: the codec's; "auto": half

@@ -79,12 +79,18 @@ class Strategy:
         return budgets, plans
 
     def _periods(self, state: ServerState, clients: IntArray, roster: Roster, budgets: FloatArray) -> FloatArray:
-        """How many rounds each will take for a report, as far as the rate learner knows; at least 1."""
+        """How much seldomer than the fastest each will report, as far as the rate learner knows; at least 1.
+
+        Who is drawn from many waits for it as long as anybody else: idle over busy times the mean time at work (Little's law).
+        """
         forecast = self.rates.forecast(state.rates, roster.population)
-        if forecast is None or forecast.target is None:
+        if forecast is None or forecast.target is None or not len(clients):
             return np.ones(len(clients))
         own = (forecast.seconds[clients] * self.offer(state).at(budgets)).sum(1)
-        return np.nan_to_num(np.maximum(own / forecast.target, 1.0), nan=1.0)
+        at_work = np.nan_to_num(np.maximum(own / forecast.target, 1.0), nan=1.0)
+        idle, busy = len(roster.clients) - len(clients), roster.busy + len(clients)
+        drawn = idle / busy * forecast.mean_period
+        return (at_work + drawn) / (1 + drawn)
 
     def offer(self, state: ServerState) -> Offer:
         """What there is to choose from, and what it costs; units alone, since masks of entries save no time."""
@@ -178,7 +184,7 @@ def one_round(strategy: Strategy, state: ServerState, fleet: Fleet) -> tuple[Ser
 
     fleet.send(orders)
     spared = len(roster.clients) - len(orders)
-    refill = Refill(strategy, state, fleet, orders)
+    refill = Refill(strategy, state, fleet, orders, roster.population)
     arrived, lost = strategy.gather(fleet, orders, strategy.target(state), refill)
     spared /= max(1, len(orders))
     reports = [arrival(report, state.version, refill.until(report), spared) for report in arrived]
@@ -247,18 +253,24 @@ class Refill:
     state: ServerState
     fleet: Fleet
     orders: list[Order]
+    population: int
     sent: dict[ClientId, Seconds] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.asked = np.zeros(self.population, bool)
+        self.asked[[order.client for order in self.orders]] = True
 
     def __call__(self, lost: Sequence[Lost]) -> list[Order]:
         """Ask again, `lost` being who has vanished in this round so far."""
         roster = self.fleet.idle()
-        fresh = ~np.isin(roster.clients, [order.client for order in self.orders])
+        fresh = ~self.asked[roster.clients]
         if not fresh.any():
             return []
-        state = replace(self.state, cached=copies(self.state.cached, [], lost, roster.population))
+        state = replace(self.state, cached=copies(self.state.cached, [], lost, self.population))
         new = ask(self.strategy, state, replace(roster, clients=roster.clients[fresh]), len(self.orders))
         self.fleet.send(new)
         self.orders.extend(new)
+        self.asked[[order.client for order in new]] = True
         self.sent |= {order.client: self.fleet.now() for order in new}
         return new
 

@@ -18,7 +18,7 @@ from fedprune.objective import Objective
 from fedprune.population import Population
 from fedprune.recommenders import Recommender
 from fedprune.submodel import Submodel
-from fedprune.types import ClientId, IntArray, Seconds, Ticket
+from fedprune.types import ClientId, FloatArray, Seconds, Ticket
 from fedprune.workload import Workload, workload
 
 PREFETCH = 1024
@@ -67,10 +67,10 @@ class VirtualFleet:
         self._clock: Seconds = 0.0
         self._heap: list[tuple[Seconds, Ticket]] = []
         self._jobs: dict[Ticket, Job] = {}
-        self._busy: set[ClientId] = set()
+        self._idle = np.ones(population.clients, bool)
         self._results: dict[Ticket, Result] = {}
         self._finished: list[Result] = []
-        self._counts: dict[Objective, tuple[IntArray, ...]] = {}
+        self._counts: dict[Objective, tuple[FloatArray, FloatArray]] = {}
 
     # ---- the five verbs ----------------------------------------------------------------------------------------------
 
@@ -81,9 +81,8 @@ class VirtualFleet:
     def idle(self) -> Roster:
         """Clients that are online and not at work, abandoned work included."""
         self._finish_unwanted(self._clock)
-        clients = np.array([c for c in range(self.population.clients) if c not in self._busy], dtype=np.int64)
-        reachable = self.devices.reachable(clients, self._clock)
-        return Roster(reachable, self.population.clients, self.devices.slowness, self.devices.capacity, len(self._busy))
+        reachable = self.devices.reachable(np.flatnonzero(self._idle), self._clock)
+        return Roster(reachable, self.population.clients, self.devices.slowness, self.devices.capacity, len(self._jobs))
 
     def send(self, orders: Sequence[Order]) -> None:
         """Start work now.
@@ -92,9 +91,9 @@ class VirtualFleet:
             FleetError: a client is already at work.
         """
         for order in orders:
-            if order.client in self._busy:
+            if not self._idle[order.client]:
                 raise FleetError(f"client {order.client} is still at work; order {order.ticket} cannot be sent")
-            self._busy.add(order.client)
+            self._idle[order.client] = False
         work, costs = self._charge(orders)
         vanishing = self.devices.drops_out([o.ticket for o in orders])
         for order, share, cost, vanishes in zip(orders, work, costs, vanishing, strict=True):
@@ -116,7 +115,7 @@ class VirtualFleet:
             result = self._train(ticket, before)
             heapq.heappop(self._heap)
             del self._jobs[ticket]
-            self._busy.discard(job.order.client)
+            self._idle[job.order.client] = True
             if job.wanted:
                 self._clock = max(self._clock, arrives)
             if result is None:
@@ -162,7 +161,7 @@ class VirtualFleet:
         self._clock = clock
         for job in jobs:
             self._jobs[job.order.ticket] = replace(job)
-            self._busy.add(job.order.client)
+            self._idle[job.order.client] = False
             heapq.heappush(self._heap, (job.arrives, job.order.ticket))
 
     def unfinished(self) -> list[Lost]:
@@ -192,7 +191,7 @@ class VirtualFleet:
             _, ticket = self._heap[0]
             result = self._train(ticket, until)
             heapq.heappop(self._heap)
-            self._busy.discard(self._jobs.pop(ticket).order.client)
+            self._idle[self._jobs.pop(ticket).order.client] = True
             if result is not None:
                 self._finished.append(result)
 
@@ -243,8 +242,10 @@ class VirtualFleet:
         if objective not in self._counts:
             population = self.population
             each = (population.examples_of_client, population.rows_of_client, population.listed_of_client)
-            self._counts[objective] = tuple(count(objective) for count in each)
-        examples, rows, listed = (float(count.mean() if client is None else count[client]) for count in self._counts[objective])
+            counts = np.stack([count(objective) for count in each]).astype(float)
+            self._counts[objective] = counts, counts.mean(1)
+        own, average = self._counts[objective]
+        examples, rows, listed = (average if client is None else own[:, client]).tolist()
         items = self.population.items
         return workload(
             self.recommender.layout, submodel, objective, codec, examples=examples, listed=round(listed),

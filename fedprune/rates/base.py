@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -49,6 +50,15 @@ class Forecast:
 
     target: Seconds | None
     seconds: FloatArray
+
+    @cached_property
+    def mean_period(self) -> float:
+        """How many targets a report of the full model takes, at least 1; mean over the clients that are known."""
+        if self.target is None:
+            return 1.0
+        own = self.seconds.sum(1)
+        known = own[~np.isnan(own)]
+        return float(np.maximum(known / self.target, 1.0).mean()) if len(known) else 1.0
 
 
 class RateLearner(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -108,10 +108,16 @@ class Learned:
         """The target, and what was learned of every client that was heard."""
         if not memory:
             return Forecast(None, np.full((population, len(PARTS)), np.nan))
-        seconds = estimated(memory)
-        seconds[np.isnan(memory["level"])] = np.nan
-        target = float(memory["target"])
-        return Forecast(None if np.isnan(target) else target, seconds)
+        if self._forecasts.get("of") is not memory:  # asked for many times in a round
+            seconds = estimated(memory)
+            seconds[np.isnan(memory["level"])] = np.nan
+            target = float(memory["target"])
+            self._forecasts.update(of=memory, last=Forecast(None if np.isnan(target) else target, seconds))
+        return self._forecasts["last"]
+
+    @cached_property
+    def _forecasts(self) -> dict[str, Any]:
+        return {}
 
     @cached_property
     def _times(self) -> Times:

@@ -198,12 +198,14 @@ NAN = (float("nan"),) * len(PARTS)
 QUICK, SLOW = tuple(parts(training=10.0)), tuple(parts(download=10.0, training=10.0, upload=10.0))
 
 
-def planned(spending: Spending, target: float | None, rate: float = 1.0, capacity: Any = None) -> tuple[FloatArray, list[Plan]]:
+def planned(
+    spending: Spending, target: float | None, rate: float = 1.0, capacity: Any = None, idle: int = 3, busy: int = 0
+) -> tuple[FloatArray, list[Plan]]:
     strategy = Strategy(rates=Foreseen(rate, target, (QUICK, SLOW, NAN, QUICK)), spending=spending, objective=OBJECTIVE)
     here = world(strategy)
     clients = np.array([0, 1, 2])
     here.state = replace(here.state, spending={"seconds": np.array((QUICK, SLOW, NAN, QUICK))})
-    return strategy.planned(here.state, clients, Roster(np.arange(4), 4, np.ones(4), capacity))
+    return strategy.planned(here.state, clients, Roster(np.arange(idle), 4, np.ones(4), capacity, busy))
 
 
 @pytest.mark.parametrize(
@@ -215,6 +217,14 @@ def test_periods_follow_from_the_forecast(target: float | None, levels: tuple[fl
     got = [plan.objective.lr_private / 0.02 for plan in plans]
     assert got == pytest.approx([*levels, 1.0]) and budgets.tolist() == [1.0] * 3
     assert [plan.codec.precision for plan in plans] == ["float32", "int8", "int8"]
+
+
+def test_who_is_drawn_from_many_waits_as_long_as_anybody_else():
+    """One of four idle clients is not drawn while five are at work, for 5/3 targets on average, so that all wait 1/3 of one
+    in between: who takes three targets reports (3 + 1/3) / (1 + 1/3) = 2.5 times as seldom as who takes one."""
+    _, plans = planned(Mix(stride=1.0), 10.0, idle=4, busy=2)
+    got = [plan.objective.lr_private / 0.02 for plan in plans]
+    assert got == pytest.approx([1.0, 1.2**5, 1.0])
 
 
 def test_what_a_report_takes_as_float32_is_remembered_whichever_way_it_travelled():
