@@ -91,7 +91,7 @@ class Mix:
     stride: float = 0.0
     precision: str | None = None
     sampled: float | str | None = None
-    worth: float = 0.05
+    worth: float = 0.02
     taught: Rate = 0.0
 
     def __post_init__(self) -> None:

@@ -156,7 +156,7 @@ def test_the_rest_of_the_wire_is_the_strategys():
         ({"width": 0.7, "examples": 0.4}, "width 0.7 and examples 0.4 .* nor both together above 1"),
         ({"negatives": 0}, "negatives is 0; it must be at least 1, or left out"),
         ({"lr_private": 0.0}, "lr_private is 0.0; it must be above 0, or left out"),
-        ({"stride": 1.5}, r"stride 1.5, worth 0.05 and taught 0.0 must be in \[0, 1\]"),
+        ({"stride": 1.5}, r"stride 1.5, worth 0.02 and taught 0.0 must be in \[0, 1\]"),
         ({"worth": -1.0}, r"worth -1.0 .* must be in \[0, 1\]"),
         ({"taught": 2.0}, r"taught 2.0 must be in \[0, 1\]"),
         ({"precision": "int4"}, 'precision "int4"; it is float32, int8 or auto'),
