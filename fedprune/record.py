@@ -94,7 +94,7 @@ class RunRecord:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "run.json"
         if path.exists():
-            if self.about["data"] != about["data"]:
+            if self.about.get("data") != about["data"]:
                 raise RecordError(
                     f"{self.folder} holds a run on other data than {about['settings']['data']} now has; "
                     "name another --out, or delete that folder"

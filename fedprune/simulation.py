@@ -222,7 +222,7 @@ def check_memory(strategy: Strategy, state: ServerState, devices: DeviceTable) -
             raise ConfigError(
                 f"strategy {strategy.name} has devices hold {held[axis]} of {layout.axes[axis].size} units of "
                 f'"{axis}", and memory_rate {rate:g} leaves room for {most} as {precision}: windows and masks do not make a '
-                "model smaller; take one that cuts units off, as heterofl and adaptcl do, or set memory_limited to 0"
+                "model smaller; take one that cuts units off, as heterofl, adaptcl and fedprune do, or set memory_limited to 0"
             )
     taught = strategy.objective.distillation
     if taught is not None and taught.teacher == "local" and fits < 1:

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 MARKERS = {"compute_bound": ("C1", "<"), "balanced": ("C0", "o"), "slow_uplink": ("C2", ">")}
 
@@ -47,10 +48,13 @@ def grid(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             _arm(axis, place, row)
         axis.set(title=f"{model}, sigma {sigma}", xscale="log", ylim=(len(own) - 0.4, -0.6))
         axis.set_yticks(range(len(own)), [own[i]["arm"] for i in order], fontsize=8)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.25, axis="x")
     for name, (colour, marker) in MARKERS.items():
         axes[0][0].plot([], [], color=colour, marker=marker, linestyle="", markersize=5, label=name.replace("_", " "))
-    axes[0][0].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[0][0].legend(frameon=False, fontsize=8, loc="upper right")
     axes[-1][0].set_xlabel("virtual seconds to the target; right: test NDCG@10, 1+99")
     figure.savefig(path, dpi=110)
     plt.close(figure)
