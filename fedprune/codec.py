@@ -104,7 +104,8 @@ def sizes(layout: Layout, submodel: Submodel, rows: int, codec: Codec = Codec())
 
 @lru_cache(maxsize=1024)
 def fitting(layout: Layout, room: Rate, precision: Literal["float32", "int8"]) -> Rate:
-    """The largest rate whose parameters, kept at this precision, take no more memory than those at rate `room` as float32.
+    """Of the rates with whole units of the widest axis, the largest one whose parameters at this precision take no more memory
+    than those at rate `room` as float32; `room` itself, if none does.
 
     What a step needs beside them (the touched rows as float32, and their change) is not counted, at either precision.
     """

@@ -89,15 +89,16 @@ class RunRecord:
         """Create the folder, or check that it is of the same run.
 
         Raises:
-            RecordError: the folder holds a run on other data (its name already says that the settings are the same).
+            RecordError: the folder holds a run on other data, or does not say on which (its name already says that the
+                settings are the same).
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "run.json"
         if path.exists():
             if self.about.get("data") != about["data"]:
                 raise RecordError(
-                    f"{self.folder} holds a run on other data than {about['settings']['data']} now has; "
-                    "name another --out, or delete that folder"
+                    f"{self.folder} holds a run on other data than {about['settings']['data']} now has, or does not say on "
+                    "which; name another --out, or delete that folder"
                 )
         else:
             write(path, json.dumps(about, indent=1))

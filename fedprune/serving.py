@@ -39,7 +39,7 @@ def scorer(
 
     def score(users: IntArray) -> Tensor:
         held = [full] * len(users) if submodels is None else [submodels[u] for u in users]
-        as_int8 = [False] * len(users) if rounded is None else rounded[users].tolist()
+        as_int8 = np.zeros(len(users), bool) if rounded is None else rounded[users]
         result = torch.empty(len(users), next(model[n].shape[0] for n in layout.named("touched")))
         for places, submodel, cut in _alike(layout, model, held, as_int8):
             result[places] = cut_scorer(recommender, cut, submodel, private)(users[places])
@@ -76,7 +76,7 @@ def listen(
     seed: int,
     version: int,
     submodels: Sequence[Submodel] | None = None,
-    rounded: Sequence[bool] | None = None,
+    rounded: BoolArray | None = None,
 ) -> None:
     """Clients that never get an order fit their private rows to the served model, or they could be shown nothing.
 
@@ -86,13 +86,13 @@ def listen(
     Args:
         model: the full one, or one that is cut along the only submodel already.
         submodels: what each of these clients is served with, in their order; None: the model as it is.
-        rounded: which of them keep it as int8; None: nobody.
+        rounded: which of them keep it as int8; None: nobody. Says nothing without submodels.
     """
     layout = recommender.layout
     if submodels is None:
         groups = [([*range(len(clients))], Submodel.full(layout), model)]
     else:
-        groups = _alike(layout, model, submodels, rounded or [False] * len(clients))
+        groups = _alike(layout, model, submodels, np.zeros(len(clients), bool) if rounded is None else rounded)
     for places, submodel, cut in groups:
         alike, columns = [clients[place] for place in places], private_columns(layout, submodel)
         for stack in population.stacks(alike, objective, STACK):
@@ -106,11 +106,11 @@ def listen(
 
 
 def _alike(
-    layout: Layout, model: Tensors, held: Sequence[Submodel], rounded: Sequence[bool]
+    layout: Layout, model: Tensors, held: Sequence[Submodel], rounded: BoolArray
 ) -> Iterator[tuple[list[int], Submodel, Tensors]]:
     """Places that hold the same, what that is, and that much of a model."""
     groups: dict[tuple[bytes, bool], list[int]] = {}
-    for place, (submodel, as_int8) in enumerate(zip(held, rounded, strict=True)):
+    for place, (submodel, as_int8) in enumerate(zip(held, rounded.tolist(), strict=True)):
         groups.setdefault((submodel.held_key, as_int8), []).append(place)
     for (_, as_int8), places in groups.items():
         cut = extract(model, layout, held[places[0]])

@@ -110,7 +110,7 @@ class Simulation:
             listen(
                 recommender, self.listeners, state.model, silent, self.strategy.served,
                 steps=settings.listen_steps, seed=settings.seed, version=state.version,
-                submodels=[held[client] for client in silent], rounded=rounded[list(silent)].tolist(),
+                submodels=[held[client] for client in silent], rounded=rounded[list(silent)],
             )  # fmt: skip
         groups = {"slow": self._slow_users()}
         if self.fleet.devices.capacity is not None:
@@ -150,7 +150,7 @@ class Simulation:
         """What a report of the full model takes each client, of its own data."""
         objective, codec = replace(self.strategy.objective, distillation=None), Codec(rows=self.settings.rows)
         everybody, full = np.arange(self.clients), Submodel.full(self.recommender.layout)
-        loads = [self.fleet.asked_of(client, full, objective, codec) for client in everybody.tolist()]
+        loads = [self.fleet.workload_of(client, full, objective, codec) for client in everybody.tolist()]
         flops, down, up = (np.array([getattr(load, name) for load in loads], float) for name in ("training", "down", "up"))
         costs = replace(self.fleet.devices, noise=0.0).costs(
             everybody, everybody.tolist(), flops, down, up, [load.parameters for load in loads]

@@ -88,7 +88,7 @@ class Strategy:
             return np.ones(len(clients))
         own = (forecast.seconds[clients] * self.offer(state).at(budgets)).sum(1)
         at_work = np.nan_to_num(np.maximum(own / forecast.target, 1.0), nan=1.0)
-        idle, busy = len(roster.clients) - len(clients), roster.busy + len(clients)
+        idle, busy = max(0, len(roster.clients) - len(clients)), roster.busy + len(clients)
         drawn = idle / busy * forecast.mean_period
         return (at_work + drawn) / (1 + drawn)
 
@@ -184,7 +184,7 @@ def one_round(strategy: Strategy, state: ServerState, fleet: Fleet) -> tuple[Ser
 
     fleet.send(orders)
     spared = len(roster.clients) - len(orders)
-    refill = Refill(strategy, state, fleet, orders, roster.population)
+    refill = Refill(strategy, state, fleet, orders, np.isin(np.arange(roster.population), [order.client for order in orders]))
     arrived, lost = strategy.gather(fleet, orders, strategy.target(state), refill)
     spared /= max(1, len(orders))
     reports = [arrival(report, state.version, refill.until(report), spared) for report in arrived]
@@ -246,6 +246,7 @@ class Refill:
 
     Attributes:
         orders: of this round; new ones are added.
+        asked: `[population]`; whose they are.
         sent: when each of the new ones was, by client.
     """
 
@@ -253,12 +254,8 @@ class Refill:
     state: ServerState
     fleet: Fleet
     orders: list[Order]
-    population: int
+    asked: BoolArray
     sent: dict[ClientId, Seconds] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.asked = np.zeros(self.population, bool)
-        self.asked[[order.client for order in self.orders]] = True
 
     def __call__(self, lost: Sequence[Lost]) -> list[Order]:
         """Ask again, `lost` being who has vanished in this round so far."""
@@ -266,7 +263,7 @@ class Refill:
         fresh = ~self.asked[roster.clients]
         if not fresh.any():
             return []
-        state = replace(self.state, cached=copies(self.state.cached, [], lost, self.population))
+        state = replace(self.state, cached=copies(self.state.cached, [], lost, roster.population))
         new = ask(self.strategy, state, replace(roster, clients=roster.clients[fresh]), len(self.orders))
         self.fleet.send(new)
         self.orders.extend(new)

@@ -138,7 +138,7 @@ def gathered(jobs: Sequence[Job], processes: int) -> dict[Job, dict[str, Any]]:
             job = waiting[future]
             found[job] = future.result()
             print(f"{number} of {len(jobs)}: {job.arm}, seed {job.seed}", file=sys.stderr, flush=True)
-    return found
+    return {job: found[job] for job in jobs}
 
 
 # ---- what a run came to ----------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def full_report(changes: tuple[str, ...]) -> dict[str, float]:
     settings = read(CONFIG, [*changes, "strategy=fedavg"]).only("fedavg")
     simulation = prepare(settings, read_data(settings))
     whole = Submodel.full(simulation.recommender.layout)
-    load = simulation.fleet.asked_of(None, whole, simulation.strategy.objective, Codec(rows=settings.rows))
+    load = simulation.fleet.workload_of(None, whole, simulation.strategy.objective, Codec(rows=settings.rows))
     return {"bytes_down": load.down, "bytes_up": load.up, "flops": load.training}
 
 

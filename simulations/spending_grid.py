@@ -107,7 +107,8 @@ def rows(found: dict[Job, dict[str, Any]]) -> list[dict[str, Any]]:
                         {"model": "NeuMF" if wide else "MF", "sigma": sigma, "arm": arm} | _row(classes, peaks, scale)
                     )
     peaks = {job.seed: final(result)["validation"] for job, result in found.items() if job.arm == "fedavg"}
-    chosen = {c: {j: r for j, r in found.items() if j.arm == CHOSEN and f"device_class={c}" in j.changes} for c in CLASSES}
+    known = {job: result for job, result in found.items() if job.arm == CHOSEN and job.seed in peaks}
+    chosen = {c: {job: result for job, result in known.items() if f"device_class={c}" in job.changes} for c in CLASSES}
     if all(chosen.values()):
         several.append({"model": "MF", "sigma": 10, "arm": CHOSEN} | _row(chosen, peaks, 1.0))
     return several

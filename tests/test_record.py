@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -119,6 +120,15 @@ def test_other_data_under_the_same_name_is_refused(tmp_path: Path) -> None:
     data.write_text("\n".join(data.read_text().splitlines()[:-20]) + "\n")
     with pytest.raises(RecordError, match="other data"):
         run(settings_of_run, tmp_path / "out")
+
+
+def test_a_folder_that_does_not_say_on_which_data_is_refused_too(tmp_path: Path) -> None:
+    run(_chosen(tmp_path, "fedavg"), tmp_path / "out")
+    (about,) = (tmp_path / "out").glob("*/seed*/run.json")
+    said = json.loads(about.read_text())
+    about.write_text(json.dumps({key: value for key, value in said.items() if key != "data"}))
+    with pytest.raises(RecordError, match="does not say on which"):
+        run(_chosen(tmp_path, "fedavg"), tmp_path / "out")
 
 
 def test_rounds_in_which_nobody_can_be_reached_are_recorded(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import rate_learners
 import spending
 import spending_grid
 import widths
+from files import interactions
 
 from fedprune.errors import DataError
 
@@ -65,6 +66,23 @@ def test_the_warm_start_has_a_clock_of_its_own(shared: None):
     points = curves.clocked(job, FAST, "slow_uplink", 2.0)["curve"]
     assert [point["seconds"] for point in points] == pytest.approx([2 * (16 + (5 - 10) * 0.8), 2 * (16 + (15 - 10) * 0.8)])
     assert curves.clocked(job, FAST, "balanced")["curve"] == [pytest.approx(point) for point in FAST["curve"]]
+
+
+@pytest.mark.parametrize("fleet", [(), ("silos=5",)], ids=["users", "silos"])
+def test_a_run_on_another_class_is_the_same_run_on_another_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fleet: tuple[str, ...]
+):
+    """Simulated on a slow uplink, and computed from balanced devices."""
+    monkeypatch.setattr(curves, "OUT", tmp_path)
+    data = (f"data={interactions(tmp_path)}", "latent=8", "warm_start=2", *fleet)
+    own = ("strategy=fedprune", "fedprune.precision=int8", "sigma=4", *data)
+    jobs = {c: curves.Job("x", (*own, f"device_class={c}"), 0, every=5.0, until=40.0) for c in ("balanced", "slow_uplink")}
+    runs = {device_class: curves.learn(job) for device_class, job in jobs.items()}
+    computed = curves.clocked(curves.Job("x", own, 0), runs["balanced"], "slow_uplink")
+    one, two = ({point["reports"]: point["seconds"] for point in r["curve"]} for r in (computed, runs["slow_uplink"]))
+    common = one.keys() & two.keys()  # they evaluate by their own clocks
+    assert len(common) >= 3
+    assert [one[reports] for reports in common] == pytest.approx([two[reports] for reports in common], rel=1e-6)
 
 
 @pytest.mark.real_data

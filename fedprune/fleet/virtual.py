@@ -223,7 +223,7 @@ class VirtualFleet:
             client = None if self.workload == "equal" else order.client
             key = (order.submodel.key, order.objective, order.codec, order.cached, client)
             if key not in known:
-                known[key] = self.asked_of(client, order.submodel, order.objective, order.codec, order.cached)
+                known[key] = self.workload_of(client, order.submodel, order.objective, order.codec, order.cached)
             loads.append(known[key])
         flops, teaching, down, up = (
             np.array([getattr(load, name) for load in loads], float) for name in ("training", "teacher", "down", "up")
@@ -235,7 +235,7 @@ class VirtualFleet:
         share = np.array([_in_time(order.objective.until, cost.seconds) for order, cost in zip(orders, costs, strict=True)])
         return share.tolist(), self.devices.costs(clients, tickets, flops * share, down, up, sizes, teaching)
 
-    def asked_of(
+    def workload_of(
         self, client: ClientId | None, submodel: Submodel, objective: Objective, codec: Codec, cached: bool = False
     ) -> Workload:
         """What an order asks of a client; of the average one if none is named."""

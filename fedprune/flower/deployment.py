@@ -188,7 +188,7 @@ class Deployment:
         """What idle clients are asked for an evaluation, by node: each with the submodel it would serve its users with."""
         roster, contents, state = self.fleet.idle(), {}, self.strategy.begun(state)
         objective = replace(self.strategy.served, distillation=None)  # nobody is taught, so the cut is all they need
-        submodels, _ = self.strategy.held(state, roster.clients, roster)
+        submodels, _ = self.strategy.held(state, roster.clients, roster)  # as float32: memory_limited is refused here
         for client, submodel in zip(roster.clients.tolist(), submodels, strict=True):
             node = self.crew.node_of(client)
             assert node is not None

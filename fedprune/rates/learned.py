@@ -111,6 +111,7 @@ class Learned:
         if self._forecasts.get("of") is not memory:  # asked for many times in a round
             seconds = estimated(memory)
             seconds[np.isnan(memory["level"])] = np.nan
+            seconds.setflags(write=False)
             target = float(memory["target"])
             self._forecasts.update(of=memory, last=Forecast(None if np.isnan(target) else target, seconds))
         return self._forecasts["last"]

@@ -197,7 +197,11 @@ def test_memory_is_arrays_and_is_not_changed_in_place():
     learner.learn(memory, [told(c, 9 * SPLIT) for c in range(3)], [lost(4, 90 * SPLIT)], 6, OFFER)
     assert all(np.array_equal(memory[name], kept[name], equal_nan=True) for name in kept)
     assert learner.learn(memory, [], [], 6, OFFER) is memory
-    assert np.array_equal(learner.forecast(memory, 0).seconds, learner.forecast(memory, 6).seconds)
+    first, before = learner.forecast(memory, 6), learner.forecast(kept, 0)
+    later = learner.learn(memory, [told(c, 9 * SPLIT) for c in range(3)], [], 6, OFFER)
+    assert not np.array_equal(learner.forecast(later, 6).seconds, first.seconds, equal_nan=True)
+    for again in (learner.forecast(memory, 6), Learned().forecast(memory, 0), before):
+        assert np.array_equal(again.seconds, first.seconds, equal_nan=True)
     nothing = learner.forecast({}, 6)
     assert nothing.target is None and nothing.seconds.shape == (6, len(PARTS)) and np.isnan(nothing.seconds).all()
 
