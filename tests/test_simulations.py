@@ -82,7 +82,7 @@ def test_a_run_on_another_class_is_the_same_run_on_another_clock(
     one, two = ({point["reports"]: point["seconds"] for point in r["curve"]} for r in (computed, runs["slow_uplink"]))
     common = one.keys() & two.keys()  # they evaluate by their own clocks
     assert len(common) >= 3
-    assert [one[reports] for reports in common] == pytest.approx([two[reports] for reports in common], rel=1e-6)
+    assert [one[reports] for reports in common] == pytest.approx([two[reports] for reports in common], rel=1e-4)
 
 
 @pytest.mark.real_data
