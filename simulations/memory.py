@@ -32,11 +32,18 @@ ARMS: dict[str, tuple[float, tuple[str, ...]]] = {
     "1/8, half of it as int8, damped": (0.125, ("fedprune.precision=int8", "fedprune.damp=2")),
 }
 """Memory as a share of the float32 model, and the rest."""
+FIGURES = ("validation", "ndcg10_expected_limited", "ndcg10_expected_limited_global", "ndcg10_expected")
+"""Of the table, column by column."""
+
+
+def called(arm: str) -> str:
+    """Its run; a file is named after it."""
+    return f"memory {arm}".replace("/", " of ")
 
 
 def jobs(seeds: int, extra: Sequence[str] = ()) -> list[Job]:
     return [
-        Job(f"memory {arm}".replace("/", " of "), (*OURS, f"memory_rate={rate}", *changes, *extra), seed, until=150.0)
+        Job(called(arm), (*OURS, f"memory_rate={rate}", *changes, *extra), seed, until=150.0)
         for seed in range(seeds)
         for arm, (rate, changes) in ARMS.items()
     ]
@@ -46,9 +53,8 @@ def rows(found: Mapping[Job, Mapping[str, Any]], seeds: int) -> list[dict[str, A
     """Per arm the test quality where validation was best, a value per seed."""
     result = []
     for arm in ARMS:
-        own = [final(dict(r)) for job, r in found.items() if job.arm == f"memory {arm}".replace("/", " of ")]
-        keys = ("validation", "ndcg10_expected_limited", "ndcg10_expected_limited_global", "ndcg10_expected")
-        result.append({"arm": arm, "seeds": seeds} | {key: [point[key] for point in own] for key in keys})
+        own = [final(dict(r)) for job, r in found.items() if job.arm == called(arm)]
+        result.append({"arm": arm, "seeds": seeds} | {key: [point[key] for point in own] for key in FIGURES})
     return result
 
 
@@ -58,8 +64,7 @@ def table(of: Sequence[Mapping[str, Any]]) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for row in of:
-        keys = ("validation", "ndcg10_expected_limited", "ndcg10_expected_limited_global", "ndcg10_expected")
-        lines.append(f"| {row['arm']} | {' | '.join(mean(row[key], '.4f') for key in keys)} |")
+        lines.append(f"| {row['arm']} | {' | '.join(mean(row[key], '.4f') for key in FIGURES)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -183,6 +183,23 @@ class VirtualFleet:
         """Let time pass before the first round (a warm start that everybody takes part in)."""
         self._clock += seconds
 
+    def workload_of(
+        self, client: ClientId | None, submodel: Submodel, objective: Objective, codec: Codec, cached: bool = False
+    ) -> Workload:
+        """What an order asks of a client; of the average one if none is named."""
+        if objective not in self._counts:
+            population = self.population
+            each = (population.examples_of_client, population.rows_of_client, population.listed_of_client)
+            counts = np.stack([count(objective) for count in each]).astype(float)
+            self._counts[objective] = counts, counts.mean(1)
+        own, average = self._counts[objective]
+        examples, rows, listed = (average if client is None else own[:, client]).tolist()
+        items = self.population.items
+        return workload(
+            self.recommender.layout, submodel, objective, codec, examples=examples, listed=round(listed),
+            rows=round(rows) if codec.rows == "touched" else items, items=items, cached=cached,
+        )  # fmt: skip
+
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _finish_unwanted(self, until: Seconds) -> None:
@@ -234,23 +251,6 @@ class VirtualFleet:
             return [1.0] * len(orders), costs
         share = np.array([_in_time(order.objective.until, cost.seconds) for order, cost in zip(orders, costs, strict=True)])
         return share.tolist(), self.devices.costs(clients, tickets, flops * share, down, up, sizes, teaching)
-
-    def workload_of(
-        self, client: ClientId | None, submodel: Submodel, objective: Objective, codec: Codec, cached: bool = False
-    ) -> Workload:
-        """What an order asks of a client; of the average one if none is named."""
-        if objective not in self._counts:
-            population = self.population
-            each = (population.examples_of_client, population.rows_of_client, population.listed_of_client)
-            counts = np.stack([count(objective) for count in each]).astype(float)
-            self._counts[objective] = counts, counts.mean(1)
-        own, average = self._counts[objective]
-        examples, rows, listed = (average if client is None else own[:, client]).tolist()
-        items = self.population.items
-        return workload(
-            self.recommender.layout, submodel, objective, codec, examples=examples, listed=round(listed),
-            rows=round(rows) if codec.rows == "touched" else items, items=items, cached=cached,
-        )  # fmt: skip
 
 
 def _in_time(until: Seconds | None, seconds: Split) -> float:
